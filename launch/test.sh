@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Everything that a change has to pass: format, lint, types, tests. Arguments go to pytest.
+#
+#   bash launch/test.sh                     all of it
+#   bash launch/test.sh -m "not slow"       without the long tests
+#   JAX_PLATFORMS= bash launch/test.sh      the tests on the machine's accelerator instead of the CPU
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+make_environment ".[test]"
+export JAX_PLATFORMS=${JAX_PLATFORMS-cpu}
+
+"$VENV_PYTHON" -m ruff format --check .
+"$VENV_PYTHON" -m ruff check .
+"$VENV_PYTHON" -m mypy
+# A module's tests stay in one process, because they share what they compile.
+"$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"

@@ -1,0 +1,263 @@
+"""The command line: verbs, each of which imports only its own module when it runs."""
+
+import argparse
+import contextlib
+import difflib
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlm_jax import __version__
+from mlm_jax.errors import MachineError, UserError
+
+Result = dict[str, Any] | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+        The exit status: 0; 1 for a fault of the machine; 2 for a mistake of the user; 128 + n after signal n.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("absl", "jax", "orbax", "grain", "fsspec", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        result = options.run(options, overrides)
+    except UserError as error:
+        return _fail(2, str(error))
+    except MachineError as error:
+        return _fail(1, str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return _fail(1, f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept")
+        raise
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    if isinstance(result, int):
+        return result
+    if options.json and result is not None:
+        print(json.dumps(result))
+    return 0
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"mlm-jax: {message}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it does not know with the nearest thing that it does."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (see: {self.prog} --help)")
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The verb's options and the `--config.` overrides, which ml_collections' flags spell `--config.a.b=value`."""
+    overrides, rest = [], []
+    queue = iter(arguments)
+    for argument in queue:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        if "=" not in argument:
+            argument += "=" + next(queue, "")
+        overrides.append(argument.removeprefix("--config."))
+    parser = _Parser(prog="mlm-jax", description="Masked-language-model pre-training in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mlm-jax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    known: dict[str, _Parser] = {}
+    for name, (text, declare, run) in VERBS.items():
+        known[name] = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        known[name].add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+        known[name].set_defaults(run=run)
+        declare(known[name])
+    options, unknown = parser.parse_known_args(rest)
+    if unknown:
+        names = [name for action in known[options.verb]._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [*names, "--config."], n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; see mlm-jax {options.verb} --help"
+        raise UserError(f"unknown option {unknown[0]}{hint}")
+    if overrides and not hasattr(options, "config"):
+        raise UserError(f"{options.verb} takes no --config. overrides: it uses the config in its --workdir")
+    return options, overrides
+
+
+def _config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="a recipe, as configs/smoke.py; override with --config.section.field=value"
+    )
+
+
+def _workdir_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a trained run's directory")
+
+
+def _declare_prepare(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the tokenizer and the packed corpus go")
+    parser.add_argument("--workers", type=int, help="processes; default: one a core")
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.config import load_config
+    from mlm_jax.data.prepare import prepare
+
+    corpus = prepare(load_config(options.config, overrides), options.out, options.workers)
+    return corpus.manifest
+
+
+def _declare_train(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory; an interrupted run continues there")
+    parser.add_argument("--data", metavar="DIR", help="a prepared corpus, made when missing; default: data/ in the workdir")
+    parser.add_argument("--workers", type=int, help="processes for preparation; default: one a core")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into the workdir's profile/")
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> Result | int:
+    from mlm_jax.config import load_config
+
+    cfg = load_config(options.config, overrides)  # before JAX is imported: a mistake is told at once
+    from mlm_jax.train import loop
+
+    profile = None
+    if options.profile is not None:
+        first, separator, last = options.profile.partition(":")
+        if not (separator and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+            raise UserError(f"--profile={options.profile} is not FIRST:LAST, two steps like 20:22")
+        profile = loop.Profile(int(first), int(last))
+    try:
+        with _device_errors():
+            loop.train(cfg, options.workdir, data_dir=options.data, workers=options.workers, profile=profile)
+    except loop.Stop as stop:
+        return _fail(
+            128 + stop.signal_number, f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues"
+        )
+    return {"workdir": str(options.workdir), "step": cfg.total_steps}
+
+
+def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
+    _workdir_option(parser)
+    parser.add_argument("--source", metavar="URI", help="other text than the run's held-out rows: files:…, tfds:…, builtin:…")
+    parser.add_argument("--seq-len", type=int, help="row length; default: the last stage's")
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
+    import jax
+
+    from mlm_jax.inference import open_run, pack_source
+    from mlm_jax.train.evaluate import evaluate, make_eval_step
+    from mlm_jax.train.loop import vocab_tables
+
+    with _device_errors(), open_run(options.workdir) as run:
+        cfg = run.cfg
+        seq_len = options.seq_len or cfg.stages[-1].seq_len
+        if not 8 <= seq_len <= cfg.model.max_positions:
+            raise UserError(f"--seq-len={seq_len} must lie between 8 and the model's {cfg.model.max_positions} positions")
+        rows = pack_source(run, options.source, seq_len) if options.source else run.workdir.read_validation(seq_len)
+        log_unigram_V = jax.device_put(run.workdir.log_unigrams(cfg.model.vocab_size), jax.P())
+        vocab = vocab_tables(cfg, run.tokenizer)
+        step = make_eval_step(cfg, run.objective)
+        found = evaluate(step, run.params, rows, vocab, log_unigram_V, cfg.evaluation.batch_size)
+    print(f"step {run.step}, {found['tokens']} masked tokens of {len(rows['tokens'])} rows of {seq_len}")
+    print(f"{'':12}{'loss':>10}{'accuracy':>10}{'perplexity':>12}")
+    print(f"{'model':12}{found['loss']:10.4f}{found['accuracy']:10.4f}{found['perplexity']:12.2f}")
+    print(f"{'unigram':12}{found['unigram_loss']:10.4f}{found['unigram_accuracy']:10.4f}")
+    return {"step": run.step, "seq_len": seq_len, **found}
+
+
+def _declare_fill_mask(parser: argparse.ArgumentParser) -> None:
+    _workdir_option(parser)
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="with one or more [MASK]")
+    parser.add_argument("--top-k", type=int, default=5, help="candidates per mask (default 5)")
+
+
+def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.fill_mask import Filler
+    from mlm_jax.inference import open_run
+
+    with _device_errors(), open_run(options.workdir) as run:
+        fills = Filler(run.objective, run.tokenizer)(run.params, options.texts, top_k=options.top_k)
+    for text, masks in zip(options.texts, fills, strict=True):
+        print(text)
+        for number, candidates in enumerate(masks, 1):
+            shown = "  ".join(f"{c['token']!r} {c['probability']:.3f}" for c in candidates)
+            print(f"  [MASK] {number}: {shown}")
+    return {"step": run.step, "fills": [{"text": t, "masks": f} for t, f in zip(options.texts, fills, strict=True)]}
+
+
+def _declare_score(parser: argparse.ArgumentParser) -> None:
+    _workdir_option(parser)
+    parser.add_argument("--pairs", required=True, metavar="GLOB", help="JSONL files with sentence_good and sentence_bad (BLiMP's format)")
+    parser.add_argument("--method", default="pll", help="pll (default) or word_l2r")
+    parser.add_argument("--batch-size", type=int, default=256, help="masked copies at a time (default 256)")
+
+
+def _score(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.inference import open_run
+    from mlm_jax.score import PseudoLikelihood, pair_accuracy, read_pairs, standard_error
+
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size={options.batch_size} must be positive")
+    sets = read_pairs(options.pairs)
+    accuracies = {}
+    with _device_errors(), open_run(options.workdir) as run:
+        scorer = PseudoLikelihood(run, method=options.method, batch_size=options.batch_size)
+        print(f"{'set':44}{'pairs':>7}{'accuracy':>10}{'± s.e.':>8}")
+        for name, pairs in sets.items():
+            accuracies[name] = pair_accuracy(scorer, pairs)
+            error = standard_error(accuracies[name], len(pairs))
+            print(f"{name:44}{len(pairs):7}{accuracies[name]:10.3f}{error:8.3f}", flush=True)
+    mean = sum(accuracies.values()) / len(accuracies)
+    print(f"{'mean of the sets':44}{sum(map(len, sets.values())):7}{mean:10.3f}")
+    return {"step": run.step, "method": options.method, "accuracy": accuracies, "mean": mean}
+
+
+def _declare_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, nargs="+", metavar="DIR", help="one or more runs, side by side")
+    parser.add_argument("--out", metavar="FILE", help="default: report.html in the first workdir")
+
+
+def _report(options: argparse.Namespace, overrides: list[str]) -> Result:
+    import os
+
+    from mlm_jax.report import write_report
+
+    out = options.out or os.path.join(options.workdir[0], "report.html")
+    write_report(options.workdir, out)
+    print(out)
+    return {"report": out}
+
+
+@contextlib.contextmanager
+def _device_errors() -> Any:
+    """Tells a device's lack of memory in one message; any other error of the runtime stays a traceback."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MachineError(
+            f"the device is out of memory: {str(error).splitlines()[0][:300]}. Try more stages[…].accumulation, "
+            "compute.remat=dots, a smaller batch, or sharding.fsdp"
+        ) from error
+
+
+Declare = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace, list[str]], Any]
+VERBS: dict[str, tuple[str, Declare, Run]] = {
+    "prepare": ("train a tokenizer and pack a corpus", _declare_prepare, _prepare),
+    "train": ("pre-train, or continue where the workdir's run stopped", _declare_train, _train),
+    "evaluate": ("held-out loss, perplexity and accuracy beside the unigram baseline", _declare_evaluate, _evaluate),
+    "fill-mask": ("the most probable tokens at each [MASK]", _declare_fill_mask, _fill_mask),
+    "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
+    "report": ("one HTML page of one or more runs", _declare_report, _report),
+}

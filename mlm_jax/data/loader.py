@@ -1,0 +1,154 @@
+"""Random access to the rows of a prepared corpus, and batches whose only state is the step number.
+
+Host side: `train.loop` puts what comes from here on the devices. Which row an example is follows from its position in
+the run, the corpus and the seed, so a run resumes at any step, on any number of processes, at no cost.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+
+from mlm_jax.data.corpus import rows_directory
+from mlm_jax.errors import MachineError, UserError
+
+# Threads read and decode whole steps ahead of the loop. Decoding shares one interpreter, so threads beyond a few help
+# only where the disk is slow; what they hold is bounded by the steps buffered.
+_THREADS = 4
+_STEPS_AHEAD = 8
+
+
+class Rows:
+    """The rows of one length and split, read in any order."""
+
+    def __init__(self, path: str | os.PathLike[str], seq_len: int, split: str = "train"):
+        """Opens the dataset without reading rows.
+
+        Args:
+            path: a prepared corpus.
+            seq_len: one of its row lengths.
+            split: "train" or "validation".
+
+        Raises:
+            UserError: the corpus has no such rows.
+        """
+        directory = rows_directory(path, seq_len)
+        if not directory.is_dir():
+            raise UserError(f"{path} has no rows of seq_len={seq_len}: prepare it with a stage of that length")
+        builder = tfds.builder_from_directory(directory)
+        if split not in builder.info.splits:
+            raise UserError(f"{path} has no {split} split: prepare it with data.validation_fraction above 0")
+        self.seq_len = seq_len
+        self._directory = directory
+        self._dtypes = {name: feature.np_dtype for name, feature in builder.info.features.items()}
+        self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Reads rows.
+
+        Returns:
+            tokens int32 [n, seq_len], padded with the tokenizer's padding id; segment_ids int32 [n, seq_len], 1, 2, …
+            for the segments of a row in order and 0 for padding.
+
+        Raises:
+            MachineError: a file of the dataset is missing or damaged.
+        """
+        try:
+            # One by one: the data source's own batches start threads in every call, which costs more than it gains.
+            records = [self._source[int(index)] for index in indices]
+            # TFDS decodes the same (a test says so) in twice the time, feature by feature and row by row.
+            rows = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
+        except (RuntimeError, OSError) as error:
+            raise MachineError(f"{self._directory} cannot be read: {error}; prepare the corpus again") from error
+        tokens, lengths = (self._stacked(rows, name) for name in ("tokens", "segment_lengths"))
+        return {"tokens": tokens, "segment_ids": _segment_ids(lengths, self.seq_len)}
+
+    def _stacked(self, rows: Sequence[Any], name: str) -> np.ndarray:
+        content = b"".join([row[name].bytes_list.value[0] for row in rows])
+        return np.frombuffer(content, self._dtypes[name]).reshape(len(rows), -1).astype(np.int32)
+
+
+def _segment_ids(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Numbers the segments of each row, int32 [n, seq_len], from their lengths [n, segments], 0 where there is none."""
+    num_rows, num_segments = lengths.shape
+    padding = seq_len - lengths.sum(axis=1, keepdims=True)
+    numbers = np.append(np.arange(1, num_segments + 1, dtype=np.int32), np.int32(0))
+    repeats = np.concatenate([lengths, padding], axis=1)
+    return np.repeat(np.tile(numbers, num_rows), repeats.ravel()).reshape(num_rows, seq_len)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(num_rows: int, seed: int) -> grain.MapDataset[int]:
+    # Grain adds the epoch to the seed: unhashed, run 1 would visit rows in the orders of run 0, one epoch earlier.
+    grain_seed = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
+    return grain.MapDataset.range(num_rows).shuffle(seed=grain_seed)
+
+
+@overload
+def row_index(position: int, num_rows: int, seed: int) -> tuple[int, int]: ...
+@overload
+def row_index(position: np.ndarray, num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]: ...
+def row_index(position: int | np.ndarray, num_rows: int, seed: int) -> tuple[int | np.ndarray, int | np.ndarray]:
+    """Which row is visited at a position of a run: each row once per epoch, in an order of that epoch's own.
+
+    Args:
+        position: examples visited before, over the whole run; one or an array of them.
+        num_rows: of the split.
+        seed: of the run.
+
+    Returns:
+        The row and the epoch; int32 arrays of the position's shape where that is an array.
+    """
+    permutation = _permutation(num_rows, seed)
+    if isinstance(position, np.ndarray):
+        rows = [permutation[p] for p in position.ravel().tolist()]
+        return np.array(rows, np.int32).reshape(position.shape), (position // num_rows).astype(np.int32)
+    return permutation[position], position // num_rows
+
+
+def batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    start_step: int,
+    num_steps: int,
+    first_position: int,
+    seed: int,
+    local_rows: Sequence[int] | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of steps start_step … start_step + num_steps - 1, read ahead by threads.
+
+    Example i of step s is at position first_position + s * batch_size + i (see `row_index`).
+
+    Args:
+        rows: what to read from.
+        batch_size: examples of the global batch.
+        start_step: the first step that is wanted, counted from where first_position is.
+        num_steps: batches to give.
+        first_position: examples visited before step 0, in earlier stages.
+        seed: of the run.
+        local_rows: which examples of each global batch this process feeds, all when None.
+
+    Returns:
+        An iterator of dictionaries: tokens and segment_ids as `Rows.read` gives them, example_ids int32 [b] (the row's
+        number) and epochs int32 [b], with b = len(local_rows).
+    """
+    offsets = np.arange(batch_size) if local_rows is None else np.asarray(local_rows, np.int64)
+    assert ((offsets >= 0) & (offsets < batch_size)).all(), f"local rows {offsets} of a batch of {batch_size}"
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        example_ids, epochs = row_index(first_position + step * batch_size + offsets, len(rows), seed)
+        return {**rows.read(example_ids), "example_ids": example_ids, "epochs": epochs}
+
+    steps = grain.MapDataset.range(start_step, start_step + num_steps)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_STEPS_AHEAD)
+    return iter(steps.map(read).to_iter_dataset(options))

@@ -1,0 +1,272 @@
+"""From raw text to a packed corpus: tokenizer, tokenised units, rows, manifest, each step kept when a later one fails.
+
+The verb `prepare`, and the first act of `train`. What it writes does not depend on the number of workers, nor on
+interruptions: documents are ordered, split and packed by the hashes of their texts.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlm_jax.config import Config
+from mlm_jax.data import atomic, encode, pool, progress, shards, units
+from mlm_jax.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    UNIGRAMS,
+    Corpus,
+    check_identity,
+    check_vocabulary,
+    identity,
+    open_corpus,
+    read_manifest,
+    rows_directory,
+)
+from mlm_jax.data.sources import Source, open_source
+from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+# A bucket is packed in memory by one worker and becomes one shard. Small corpora are cut too, so that several workers
+# have something to do; a million tokens are plenty for best fit to fill rows.
+LARGEST_BUCKET_TOKENS = 32_000_000
+SMALLEST_BUCKET_TOKENS = 1_000_000
+BUCKETS_FOR_PARALLELISM = 16
+
+REMEMBERED_BYTES = 32 * 2**20  # of text: a source up to this size is read once, not twice
+
+_READY = "manifest.ready"  # the manifest's name from the moment that all else is in place until the clean-up is done
+
+
+def prepare(cfg: Config, out: str | os.PathLike[str], workers: int | None = None) -> Corpus:
+    """Makes the corpus of a configuration, or continues making it, or opens it when it is whole.
+
+    Args:
+        cfg: its data and tokenizer sections and its stages' row lengths decide the content.
+        out: a local directory that is new, empty, or was used for the same configuration before.
+        workers: processes that tokenise and pack; as many as there are cores when None.
+
+    Raises:
+        UserError: an unusable source, too little text, a directory that is taken, in use, or of another configuration.
+        MachineError: a full disk, a damaged file, a worker that died; starting again continues.
+    """
+    if "://" in os.fspath(out):
+        raise UserError(f"{out}: prepare works in a local directory; copy the finished one to its bucket afterwards")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers} must be at least 1")
+    if cfg.tokenizer.sample_megabytes <= 0:
+        raise UserError(f"tokenizer.sample_megabytes={cfg.tokenizer.sample_megabytes} must be positive")
+    directory = pathlib.Path(out)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; give a directory")
+    if read_manifest(directory) is None:
+        with atomic.telling_faults(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        with atomic.locked(directory):
+            if read_manifest(directory) is None:  # else it was finished while this process came to the lock
+                building = _begin(directory, identity(cfg))
+                if not (directory / _READY).exists():
+                    _build(cfg, directory, building, workers or pool.available_cores())
+                with atomic.telling_faults(directory):
+                    shutil.rmtree(building)
+                    os.replace(directory / _READY, directory / MANIFEST)
+    return open_corpus(directory, cfg)
+
+
+def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
+    """Marks a directory as the place of one corpus, or checks that it is; returns the folder for unfinished work."""
+    building, ready = directory / "building", directory / _READY
+    begun = building / "identity.json"
+    if ready.exists():
+        check_identity(directory, json.loads(ready.read_bytes())["identity"], wanted, whole=False)
+    elif begun.exists():
+        check_identity(directory, json.loads(begun.read_bytes()), wanted, whole=False)
+        _log.info("continuing the unfinished corpus in %s", directory)
+    else:
+        known = {building.name, atomic.LOCK_NAME}
+        others = sorted(path.name for path in directory.iterdir() if path.name not in known)
+        if others:
+            raise UserError(f"{directory} holds {others[0]!r} and no corpus: give a new or empty directory")
+    with atomic.telling_faults(building):
+        building.mkdir(exist_ok=True)
+    if not begun.exists():
+        with atomic.replacing(begun) as temporary:
+            temporary.write_text(json.dumps(wanted))
+    return building
+
+
+def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers: int) -> None:
+    """All the work: everything is in place and the manifest is ready when this returns."""
+    source = encode.remembering(open_source(cfg.data.source), REMEMBERED_BYTES)
+    _log.info("preparing %s from %s with %d worker(s)", directory, source.description, workers)
+    tokenizer, expected = _make_tokenizer(cfg, source, directory / TOKENIZER, building)
+    check_vocabulary(tokenizer, cfg)
+    row_format = shards.RowFormat(
+        seq_lens=tuple(identity(cfg)["seq_lens"]),
+        max_segments=cfg.data.max_segments,
+        deduplicate=cfg.data.deduplicate,
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        cls_id=tokenizer.cls_id,
+        sep_id=tokenizer.sep_id,
+    )
+    with pool.started(workers) as executor:
+        paths, found, totals = encode.encode(source, building, directory / TOKENIZER, executor, workers, expected)
+        buckets = _plan(cfg, found)
+        calls = (functools.partial(shards.pack_bucket, bucket, row_format, paths, building) for bucket in buckets)
+        summaries = []
+        with progress.shown("packing", total_tokens=sum(unit.tokens for unit in found)) as advance:
+            for summary in pool.completed(executor, calls, limit=2 * workers):
+                summaries.append(summary)
+                advance(tokens=summary.tokens)
+    summaries.sort(key=lambda summary: summary.bucket.lower)
+    for seq_len in row_format.seq_lens:
+        shards.publish(summaries, row_format, seq_len, building, rows_directory(directory, seq_len))
+    _write_unigrams(summaries, building, directory / UNIGRAMS)
+    blank = sum(unit.blank for unit in found)
+    manifest = _manifest(cfg, tokenizer, totals, blank, row_format, summaries)
+    with atomic.replacing(directory / _READY) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    _report(manifest)
+
+
+def _held_out_below(cfg: Config) -> int:
+    """Documents are held out whose hash begins with 64 bits below this."""
+    return int(cfg.data.validation_fraction * 2**64)
+
+
+def _make_tokenizer(
+    cfg: Config, source: Source, directory: pathlib.Path, building: pathlib.Path
+) -> tuple[Tokenizer, encode.Totals | None]:
+    """Trains or copies the tokenizer, unless an earlier run has; with the totals of the pass that it took, if one."""
+    totals_path = building / "totals.json"
+    if not directory.exists():
+        partial = building / "tokenizer"
+        shutil.rmtree(partial, ignore_errors=True)
+        if cfg.tokenizer.algorithm == "pretrained":
+            load_tokenizer(cfg.tokenizer.path).save(partial)
+        else:
+            sample_bytes = int(cfg.tokenizer.sample_megabytes * 1e6)
+            texts, totals = encode.sample(source, sample_bytes, _held_out_below(cfg))
+            if not texts:
+                raise _too_few_documents(cfg)
+            with atomic.replacing(totals_path) as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(totals)))
+            stage = f"training the {cfg.tokenizer.algorithm} tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
+            with progress.shown(stage), pool.started(1) as executor:
+                executor.submit(encode.train, cfg.tokenizer, texts, str(partial)).result()
+        with atomic.telling_faults(directory):
+            for path in partial.iterdir():
+                atomic.flush(path)
+            os.replace(partial, directory)
+    known = totals_path.exists()
+    return load_tokenizer(directory), encode.Totals(**json.loads(totals_path.read_bytes())) if known else None
+
+
+def _plan(cfg: Config, found: Sequence[units.UnitSummary]) -> list[shards.Bucket]:
+    """Cuts the range of hashes into the splits, and each split into buckets of bounded size.
+
+    A corpus too small for the share that is held out gives up the one document with the smallest hash.
+    """
+    smallest = min(unit.smallest_hash for unit in found)
+    largest = max(unit.largest_hash for unit in found)
+    fraction = cfg.data.validation_fraction
+    boundary = max(_held_out_below(cfg), smallest + 1) if fraction else 0
+    if largest < max(boundary, smallest):
+        raise _too_few_documents(cfg)
+    tokens = sum(unit.tokens for unit in found)
+    buckets = []
+    for split, lower, upper, share in (
+        ("validation", 0, boundary, fraction),
+        ("train", boundary, 2**64, 1.0 - fraction),
+    ):
+        count = _num_buckets(int(tokens * share)) if upper else 0
+        bounds = [lower + (upper - lower) * index // count for index in range(count)] + [upper]
+        buckets += [shards.Bucket(split, index, bounds[index], bounds[index + 1]) for index in range(count)]
+    return buckets
+
+
+def _num_buckets(tokens: int) -> int:
+    return max(1, -(-tokens // LARGEST_BUCKET_TOKENS), min(BUCKETS_FOR_PARALLELISM, tokens // SMALLEST_BUCKET_TOKENS))
+
+
+def _too_few_documents(cfg: Config) -> UserError:
+    return UserError(
+        f"{cfg.data.source} has too few different documents to hold some out (data.validation_fraction="
+        f"{cfg.data.validation_fraction}): add documents, cut them smaller (?documents=blank_line for .txt files),"
+        " change the fraction, or set it to 0 for no validation split"
+    )
+
+
+def _write_unigrams(summaries: Sequence[shards.BucketSummary], building: pathlib.Path, path: pathlib.Path) -> None:
+    train = [summary.bucket for summary in summaries if summary.bucket.split == "train"]
+    counts = sum(np.load(building / f"unigrams-{bucket.name}.npy") for bucket in train)
+    with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, counts)
+
+
+def _manifest(
+    cfg: Config,
+    tokenizer: Tokenizer,
+    totals: encode.Totals,
+    blank: int,
+    row_format: shards.RowFormat,
+    summaries: Sequence[shards.BucketSummary],
+) -> dict[str, Any]:
+    """Only what follows from the source and the configuration: no times, no paths."""
+    of_split: dict[str, list[shards.BucketSummary]] = {}
+    for summary in summaries:
+        of_split.setdefault(summary.bucket.split, []).append(summary)
+    documents = {split: sum(summary.documents for summary in group) for split, group in of_split.items()}
+    content = "".join(summary.content_hash for summary in summaries).encode()
+    return {
+        "format": FORMAT,
+        "identity": identity(cfg),
+        "source": {"uri": cfg.data.source, "documents": totals.documents, "text_bytes": totals.text_bytes},
+        "content_hash": hashlib.blake2b(content, digest_size=16).hexdigest(),
+        "documents": {**documents, "duplicates": sum(summary.duplicates for summary in summaries), "blank": blank},
+        "held_out_share": documents.get("validation", 0) / sum(documents.values()),
+        "tokens": {split: sum(summary.tokens for summary in group) for split, group in of_split.items()},
+        "rows": {
+            str(seq_len): {split: _row_counts(group, seq_len) for split, group in of_split.items()}
+            for seq_len in row_format.seq_lens
+        },
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "unigrams": UNIGRAMS,
+    }
+
+
+def _row_counts(summaries: Sequence[shards.BucketSummary], seq_len: int) -> dict[str, int | float]:
+    counts = [summary.rows[seq_len] for summary in summaries]
+    rows, slots = sum(count.rows for count in counts), sum(count.slots for count in counts)
+    return {
+        "rows": rows,
+        "segments": sum(count.segments for count in counts),
+        "tokens": slots,  # specials included
+        "fill_rate": slots / (rows * seq_len),
+    }
+
+
+def _report(manifest: dict[str, Any]) -> None:
+    max_segments = manifest["identity"]["data"]["max_segments"]
+    for seq_len, splits in manifest["rows"].items():
+        counts = splits["train"]
+        _log.info("rows of %s: %d for training, fill rate %.1f%%", seq_len, counts["rows"], 100 * counts["fill_rate"])
+        if counts["fill_rate"] < 0.9 and counts["segments"] > 0.9 * max_segments * counts["rows"]:
+            _log.warning(
+                "rows of %s are %.0f%% padding, as no more than data.max_segments=%d documents may share one: raise it",
+                seq_len,
+                100 * (1 - counts["fill_rate"]),
+                max_segments,
+            )

@@ -1,0 +1,212 @@
+"""Text sources named by a URI string, each a stream of documents in an order that never changes.
+
+The first stage of `prepare`; nothing here knows about tokens.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import glob
+import os
+import pathlib
+import re
+import sysconfig
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from mlm_jax.data import text_files
+from mlm_jax.errors import MachineError, UserError
+
+_TFDS_ROWS = 256  # read together
+_MIN_DOCSTRING_CHARS = 40  # a shorter docstring is a label, not prose
+_FOLDERS_WITHOUT_PROSE = frozenset(
+    ("__pycache__", "dist-packages", "idle_test", "idlelib", "lib-dynload", "site-packages", "test", "tests")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A stream of documents that can be opened any number of times, in any process (it pickles).
+
+    Attributes:
+        uri: as the user wrote it.
+        documents: gives a fresh iterator over the non-blank documents, always in the same order, in bounded memory. It
+            raises UserError for unusable content, with file and line, and MachineError for damaged files.
+        size_bytes: estimated bytes of uncompressed input, for progress and sampling only; None where it is unknown.
+        description: a few words for logs.
+    """
+
+    uri: str
+    documents: Callable[[], Iterator[str]]
+    size_bytes: int | None
+    description: str
+
+
+def open_source(uri: str) -> Source:
+    """Opens a source and reads its first document, so that most mistakes show before any work is done.
+
+    Args:
+        uri: `builtin:python_docs`; `files:GLOB?field=text&documents=file|blank_line|line`;
+            `tfds:NAME/CONFIG:VERSION#SPLIT?field=text&data_dir=…`;
+            `hf:NAME#SPLIT?field=text&config=…&revision=…`.
+
+    Raises:
+        UserError: an unknown scheme or option, a glob that matches nothing, a missing field, no text at all.
+        MachineError: a file that cannot be read as far as its first document.
+    """
+    scheme, separator, body = uri.partition(":")
+    if not separator or scheme not in _SCHEMES:
+        hint = f"; for files write 'files:{uri}'" if os.path.exists(uri) or glob.has_magic(uri) else ""
+        raise UserError(f"source {uri!r} begins with none of {', '.join(f'{name}:' for name in _SCHEMES)}{hint}")
+    source = _SCHEMES[scheme](uri, body)
+    if next(source.documents(), None) is None:
+        raise UserError(f"{uri}: no text in {source.description}")
+    return source
+
+
+def _split_options(uri: str, body: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Takes `?name=value&…` off the end; a `?` that is not followed by that shape belongs to a glob."""
+    head, _, query = body.rpartition("?")
+    if not head or not re.match(r"\w+=", query):
+        return body, {}
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    for name in options:
+        if name not in allowed:
+            nearest = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise UserError(f"{uri}: no option {name!r} here, there are {', '.join(allowed)}{hint}")
+    return head, options
+
+
+def _open_builtin(uri: str, body: str) -> Source:
+    if body != "python_docs":
+        raise UserError(f"{uri}: the only built-in source is builtin:python_docs")
+    folder = sysconfig.get_path("stdlib")
+    return Source(uri, functools.partial(_python_docs, folder), None, f"the help topics and docstrings of {folder}")
+
+
+def _python_docs(folder: str) -> Iterator[str]:
+    """The language reference that `help()` prints, then every docstring of the library, by path and line."""
+    from pydoc_data.topics import topics  # half a megabyte of text that only this source reads
+
+    for name in sorted(topics):
+        yield topics[name].strip()
+    modules = 0
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if name not in _FOLDERS_WITHOUT_PROSE and not name.startswith("config-")
+        )
+        for name in sorted(names):
+            if name.endswith(".py"):
+                modules += 1
+                yield from _docstrings(os.path.join(parent, name))
+    if not modules:
+        raise MachineError(f"this Python has no library sources in {folder}; use another interpreter or another source")
+
+
+def _docstrings(path: str) -> Iterator[str]:
+    """A module's docstrings, by parsing it: to import the whole library would run code, and fail on some machines."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in the library's literals are not this program's concern
+        try:
+            tree = ast.parse(pathlib.Path(path).read_bytes())
+        except (SyntaxError, OSError) as error:
+            raise MachineError(f"{path}, a part of this Python, cannot be read: {error}") from error
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        text = (ast.get_docstring(node) or "").strip()
+        if len(text) >= _MIN_DOCSTRING_CHARS:
+            yield text
+
+
+def _open_files(uri: str, body: str) -> Source:
+    pattern, options = _split_options(uri, body, ("field", "documents"))
+    paths = tuple(text_files.expand(pattern))
+    if not paths:
+        raise UserError(f"{uri}: no file matches {pattern} (looked from {os.getcwd()})")
+    kinds = {text_files.kind(path) for path in paths}
+    for path in paths:
+        if text_files.kind(path) not in text_files.READERS:
+            known = ", ".join(text_files.READERS)
+            raise UserError(f"{uri}: {path} is none of {known} (each also .gz); narrow the glob or rename the file")
+    if "documents" in options and ".txt" not in kinds:
+        raise UserError(f"{uri}: documents= is for .txt files, and none matches; elsewhere a record is a document")
+    if "field" in options and kinds == {".txt"}:
+        raise UserError(f"{uri}: field= is for .jsonl and .parquet files, and none matches")
+    # A .txt file is mostly one work (a book, an article). To cut it at blank lines would hide its paragraphs from each
+    # other in training, and nothing would show it, while a file too large for one document ends in a message.
+    rule = options.get("documents", "file")
+    if rule not in text_files.DOCUMENT_RULES:
+        raise UserError(f"{uri}: documents={rule} is none of {', '.join(text_files.DOCUMENT_RULES)}")
+    documents = functools.partial(text_files.read_documents, paths, options.get("field", "text"), rule)
+    size = sum(text_files.uncompressed_bytes(path) for path in paths)
+    return Source(uri, documents, size, f"{len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
+
+
+def _split_dataset(uri: str, body: str, allowed: Sequence[str]) -> tuple[str, str, dict[str, str]]:
+    head, options = _split_options(uri, body, allowed)
+    name, _, split = head.partition("#")
+    if not name or not split:
+        raise UserError(f"{uri}: a dataset needs a name and a split, as in {uri.partition(':')[0]}:NAME#train")
+    return name, split, options
+
+
+def _records_text(records: Iterator[Mapping[str, object]], field: str, uri: str) -> Iterator[str]:
+    for number, record in enumerate(records):
+        text = text_files.text_of(record, field, f"{uri}, example {number}")
+        if text and not text.isspace():
+            yield text
+
+
+def _open_tfds(uri: str, body: str) -> Source:
+    name, split, options = _split_dataset(uri, body, ("field", "data_dir"))
+    field = options.pop("field", "text")
+    documents = functools.partial(_tfds_documents, uri, name, split, field, options.get("data_dir"))
+    return Source(uri, documents, None, f"split {split} of TFDS {name}")
+
+
+def _tfds_documents(uri: str, name: str, split: str, field: str, data_dir: str | None) -> Iterator[str]:
+    import tensorflow_datasets as tfds  # seconds that other sources need not pay
+
+    refusals = (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError, ImportError)
+    try:
+        rows = tfds.data_source(name, split=split, data_dir=data_dir)
+    except refusals as error:
+        reason = str(error).partition("\n")[0]  # a list of every dataset may follow
+        raise UserError(f"{uri}: TFDS cannot serve this: {reason}") from error
+    except OSError as error:
+        raise MachineError(f"{uri}: {error}") from error
+    batches = (range(start, min(start + _TFDS_ROWS, len(rows))) for start in range(0, len(rows), _TFDS_ROWS))
+    yield from _records_text((record for batch in batches for record in rows.__getitems__(list(batch))), field, uri)
+
+
+def _open_hf(uri: str, body: str) -> Source:
+    name, split, options = _split_dataset(uri, body, ("field", "config", "revision"))
+    field = options.pop("field", "text")
+    documents = functools.partial(_hf_documents, uri, name, split, field, options)
+    return Source(uri, documents, None, f"split {split} of Hugging Face's {name}")
+
+
+def _hf_documents(uri: str, name: str, split: str, field: str, options: Mapping[str, str]) -> Iterator[str]:
+    try:
+        from datasets import load_dataset  # an optional extra
+    except ImportError:
+        raise UserError(f"{uri}: this source needs the 'hf' extra: pip install 'mlm-jax[hf]'") from None
+    try:
+        rows = load_dataset(name, options.get("config"), split=split, revision=options.get("revision"), streaming=True)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{uri}: {error}") from error
+    except OSError as error:
+        raise MachineError(f"{uri}: {error}") from error
+    yield from _records_text(iter(rows), field, uri)
+
+
+_SCHEMES: dict[str, Callable[[str, str], Source]] = {
+    "builtin": _open_builtin,
+    "files": _open_files,
+    "tfds": _open_tfds,
+    "hf": _open_hf,
+}

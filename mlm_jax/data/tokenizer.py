@@ -1,0 +1,215 @@
+"""Text to token ids and back: one small interface over SentencePiece models and `tokenizers` files.
+
+Used by `prepare` to train and to encode a corpus, and by every verb that reads or shows text.
+"""
+
+import hashlib
+import io
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from mlm_jax.config import TokenizerConfig
+from mlm_jax.data.tokenizer_models import SPECIAL_NAMES, SentencePieceModel, TokenizersModel
+from mlm_jax.errors import MachineError, UserError
+
+MASK_TEXT = "[MASK]"  # what a user writes, whatever the tokenizer's own mask token is
+
+# A longer text is cut between words, where that changes no token: the libraries need up to 150 bytes of memory for each
+# character of a text, SentencePiece's BPE grows slower with its length, and its unigram scores lose digits.
+_PART_CHARS = 1 << 14
+_TRAINING_THREADS = 16  # fixed: SentencePiece adds up per thread, so their number decides the last bits of its scores
+_TRAINING_LINE_CHARS = 2000  # longer lines are cut, as SentencePiece leaves out what exceeds its limit in bytes
+# Scripts written without spaces, by how their characters' Unicode names begin: there a piece is a word of its own.
+_UNSPACED_SCRIPTS = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
+class Tokenizer:
+    """Text to ids and back. Pickles as its model file, so worker processes rebuild it in a moment.
+
+    Attributes:
+        vocab_size: number of ids, special ones included.
+        pad_id, unk_id, cls_id, sep_id, mask_id: the five that every tokenizer has.
+        special_ids: sorted int32; these five and every other id that never stands for text.
+        fingerprint: hexadecimal hash of the model.
+    """
+
+    def __init__(self, file_name: str, blob: bytes):
+        """Builds from a model file's content; `load_tokenizer` and `train_tokenizer` are the ways in.
+
+        Raises:
+            UserError: the content is no such model, or lacks a special token.
+        """
+        self._model = SentencePieceModel(blob) if file_name.endswith(".model") else TokenizersModel(blob)
+        self._file_name = file_name
+        special = self._model.special
+        self.vocab_size = len(self._model.pieces)
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (special[role] for role in SPECIAL_NAMES)
+        self.special_ids = np.array(sorted({*special.values(), *self._model.silent_ids}), np.int32)
+        self.fingerprint = hashlib.sha256(self._model.blob).hexdigest()
+        self._is_special = np.zeros(self.vocab_size, bool)
+        self._is_special[self.special_ids] = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._file_name, self._model.blob)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of running text, int32 [n], nothing added; what would be a special token in it is the unknown token."""
+        ids = [np.array(self._model.encode(part), np.int32) for part in self._parts(text)]
+        whole = ids[0] if len(ids) == 1 else np.concatenate(ids)
+        whole[self._is_special[whole]] = self.unk_id
+        return whole
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """`encode` of each, on one thread: parallelism is by processes."""
+        return [self.encode(text) for text in texts]
+
+    def encode_with_masks(self, text: str) -> np.ndarray:
+        """Ids of a text in which each `[MASK]`, or mask token of the model's own, is one `mask_id`; int32 [n].
+
+        The rest has the ids that it has in running text. A word that is masked takes the space before it along, as in
+        training, so that space leaves no piece of its own.
+        """
+        ids = np.array(self._model.encode(text.replace(MASK_TEXT, self._model.pieces[self.mask_id])), np.int32)
+        if self._model.lone_space_id is not None:
+            before_mask = np.append(ids[1:] == self.mask_id, False)
+            ids = ids[~(before_mask & (ids == self._model.lone_space_id))]
+        ids[self._is_special[ids] & (ids != self.mask_id)] = self.unk_id
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; masks and unknown tokens are shown, other special ones are left out."""
+        hidden = {*self.special_ids.tolist()} - {self.mask_id, self.unk_id}
+        return self._model.decode([int(index) for index in ids if int(index) not in hidden])
+
+    def piece(self, id: int) -> str:
+        """The vocabulary's entry, with the model's own marks of spaces and continuation."""
+        return self._model.pieces[id]
+
+    def word_starts(self) -> np.ndarray:
+        """Which pieces begin a word, bool [vocab_size].
+
+        True after a space, for punctuation, in scripts that are written without spaces, and for special tokens.
+        """
+        starts = self._is_special.copy()
+        for index in range(self.vocab_size):
+            if not starts[index]:
+                text = self._model.text(index)
+                starts[index] = self._model.after_space(index) or _is_punctuation(text) or _is_unspaced(text[:1])
+        return starts
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the model file, so that `load_tokenizer(directory)` gives this tokenizer again."""
+        folder = epath.Path(directory)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self._file_name).write_bytes(self._model.blob)
+        except OSError as error:
+            raise MachineError(f"the tokenizer could not be written to {directory}: {error}") from error
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Cuts a long text between words."""
+        start = 0
+        while self._model.cut is not None and len(text) - start > _PART_CHARS:
+            place = self._model.cut.search(text, start + _PART_CHARS)
+            if place is None:
+                break
+            yield text[start : place.start()]
+            start = place.start()
+        yield text[start:] if start else text
+
+
+def load_tokenizer(directory_or_file: str | os.PathLike[str]) -> Tokenizer:
+    """Loads what `Tokenizer.save` wrote, any SentencePiece .model, or a tokenizer.json of WordPiece or byte-level BPE.
+
+    A SentencePiece model without a pad, class, separator or mask piece gets one after its last (T5's, XLM-R's).
+
+    Raises:
+        UserError: there is no such file, it is of another kind, or a tokenizer.json lacks a special token.
+    """
+    path = epath.Path(directory_or_file)
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if file.suffix == ".model" or file.name == "tokenizer.json"]
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "neither"
+            raise UserError(f"tokenizer {path} has {names} where one .model or tokenizer.json should be; name the file")
+        path = found[0]
+    if path.suffix not in (".model", ".json"):
+        raise UserError(f"tokenizer {path} is no SentencePiece .model, tokenizer.json, or directory with one of them")
+    try:
+        return Tokenizer("tokenizer" + path.suffix, path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"there is no tokenizer at {path}") from None
+    except OSError as error:
+        raise MachineError(f"tokenizer {path} cannot be read: {error}") from error
+    except UserError as error:
+        raise UserError(f"tokenizer {path}: {error}") from error
+
+
+def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Trains a SentencePiece model on all of `texts`; the same texts give the same model on any number of cores.
+
+    Args:
+        cfg: with algorithm unigram or bpe.
+        texts: documents, as many as fit into memory; sampling is the caller's.
+
+    Raises:
+        UserError: the texts are too few or too varied for the vocabulary's size; the message has SentencePiece's limit.
+    """
+    assert cfg.algorithm in ("unigram", "bpe"), cfg.algorithm
+    model = io.BytesIO()
+    names = {role: alternatives[0] for role, alternatives in SPECIAL_NAMES.items()}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type=cfg.algorithm,
+            vocab_size=cfg.vocab_size,
+            character_coverage=cfg.character_coverage,
+            byte_fallback=cfg.byte_fallback,
+            normalization_rule_name="nmt_nfkc_cf" if cfg.lowercase else "nmt_nfkc",
+            max_sentence_length=4 * _TRAINING_LINE_CHARS,
+            num_threads=_TRAINING_THREADS,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=names["pad"],
+            unk_piece=names["unk"],
+            bos_piece=names["cls"],
+            eos_piece=names["sep"],
+            # User-defined, as only such a piece is found in text; `encode` makes it the unknown token in a corpus.
+            user_defined_symbols=[names["mask"]],
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = re.sub(r"^.*?\] ?", "", str(error), flags=re.DOTALL).strip() or "there is no text to train on"
+        raise UserError(f"tokenizer.vocab_size={cfg.vocab_size} cannot be trained on this sample: {reason}") from error
+    return Tokenizer("tokenizer.model", model.getvalue())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of bounded length, cut at a space where there is one; SentencePiece refuses NUL."""
+    for text in texts:
+        for line in text.replace("\0", " ").split("\n"):
+            while len(line) > _TRAINING_LINE_CHARS:
+                space = line.rfind(" ", 1, _TRAINING_LINE_CHARS)
+                end = space if space > 0 else _TRAINING_LINE_CHARS
+                yield line[:end]
+                line = line[end:]
+            if line and not line.isspace():
+                yield line
+
+
+def _is_punctuation(text: str) -> bool:
+    return bool(text) and all(unicodedata.category(char)[0] in "PS" for char in text)
+
+
+def _is_unspaced(char: str) -> bool:
+    return bool(char) and unicodedata.name(char, "").startswith(_UNSPACED_SCRIPTS)

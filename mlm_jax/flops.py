@@ -1,0 +1,63 @@
+"""What a training step costs by arithmetic, and what share of the device's peak a measured speed is (MFU).
+
+One function for the training log and for `bench`, so that their numbers are comparable.
+"""
+
+import jax
+
+from mlm_jax.config import ModelConfig
+
+# Dense bfloat16 peak, in FLOP/s, of what jax calls one device, by a part of its `device_kind`; the first match counts.
+# Sources: for TPU, jax-ml/jax:jax/_src/pallas/mosaic/tpu_info.py, whose names and figures these are; for NVIDIA, the
+# data sheets of the named products, where figures are given with sparsity and are halved here.
+PEAK_FLOPS = (
+    ("TPU v4 lite", 137e12),
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p, under both of its names
+    ("TPU v6", 920e12),
+    ("TPU7x", 1155e12),  # half a chip
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
+
+
+def train_flops_per_token(cfg: ModelConfig, mean_segment_len: float, predicted_fraction: float) -> float:
+    """Forward and backward FLOPs for one real token: matrix products only, nothing rematerialised, no padding.
+
+    Args:
+        mean_segment_len: as a token sees it, Σs² / Σs over the segments' lengths s: what attention costs per token.
+        predicted_fraction: predicted positions per real token, the share that reaches the vocabulary.
+    """
+    projections = 4 * cfg.embed_dim**2 + 2 * cfg.embed_dim * cfg.mlp_dim
+    layers = cfg.num_layers * (6 * projections + 12 * cfg.embed_dim * mean_segment_len)
+    head = 6 * predicted_fraction * (cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size)
+    return layers + head
+
+
+def device_peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s, or None for a CPU or a kind that is not in the table."""
+    kind = device.device_kind
+    if (
+        device.platform == "cpu" or "MIG" in kind
+    ):  # a slice of a GPU has a share of the peak that its name does not tell
+        return None
+    return next((peak for part, peak in PEAK_FLOPS if part in kind), None)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, device: jax.Device) -> float | None:
+    """Model FLOPs utilisation, from 0 to 1, or None where the device's peak is not known.
+
+    Args:
+        tokens_per_second: real tokens, over all devices.
+    """
+    peak = device_peak_flops(device)
+    return None if peak is None else tokens_per_second * flops_per_token / (num_devices * peak)

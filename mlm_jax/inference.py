@@ -1,0 +1,91 @@
+"""A trained run, loaded from its workdir alone: for evaluation, filled masks, scores and everything after training."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlm_jax.config import Config, ShardingConfig
+from mlm_jax.data.packing import pack
+from mlm_jax.data.sources import open_source
+from mlm_jax.data.tokenizer import Tokenizer
+from mlm_jax.errors import UserError
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.sharding import make_mesh
+from mlm_jax.train.checkpoint import load_params
+from mlm_jax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """What a verb needs of a run that has been trained, on the current mesh."""
+
+    workdir: Workdir
+    cfg: Config
+    tokenizer: Tokenizer
+    objective: MaskedLM
+    params: Any
+    step: int
+
+
+@contextlib.contextmanager
+def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
+    """Loads a run's newest parameters onto a mesh over all devices here, whatever mesh it was trained on.
+
+    Raises:
+        UserError: the path is no workdir, or nothing was saved in it yet.
+        MachineError: its files are damaged.
+    """
+    workdir = Workdir(path)
+    cfg = workdir.read_config()
+    tokenizer = workdir.read_tokenizer()
+    mesh = make_mesh(ShardingConfig())
+    with jax.set_mesh(mesh):
+        objective = MaskedLM(cfg, Compute.resolve(cfg.compute), cfg.evaluation.mask_rate)
+        shapes = jax.eval_shape(objective.init, jax.random.key(0))
+        replicated = jax.NamedSharding(mesh, jax.P())
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+        params, step = load_params(workdir, abstract)
+        yield TrainedRun(workdir, cfg, tokenizer, objective, params, step)
+
+
+def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray]:
+    """The first documents of a source as packed rows of the run's tokenizer: `tokens` and `segment_ids`, int32 [rows, L].
+
+    As many documents are read as fill `evaluation.max_rows` rows.
+
+    Raises:
+        UserError: the source holds no text.
+    """
+    tokenizer, limit = run.tokenizer, run.cfg.evaluation.max_rows
+    documents, total = [], 0
+    for text in open_source(uri).documents():
+        ids = tokenizer.encode(text)
+        if len(ids):
+            documents.append(ids)
+            total += len(ids) + 2
+        if total >= limit * seq_len:
+            break
+    if not documents:
+        raise UserError(f"{uri} holds no text to evaluate on")
+    layout = pack(np.asarray([len(ids) for ids in documents]), seq_len, run.cfg.data.max_segments)
+    count = min(layout.num_rows, limit)
+    rows = {
+        "tokens": np.full((count, seq_len), tokenizer.pad_id, np.int32),
+        "segment_ids": np.zeros((count, seq_len), np.int32),
+    }
+    for row in range(count):
+        place = 0
+        for segment, piece in enumerate(range(*layout.row_bounds[row : row + 2]), start=1):
+            start, length = layout.starts[piece], layout.lengths[piece]
+            ids = documents[layout.documents[piece]][start : start + length]
+            end = place + len(ids) + 2
+            rows["tokens"][row, place:end] = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+            rows["segment_ids"][row, place:end] = segment
+            place = end
+    return rows

@@ -1,0 +1,164 @@
+"""Bidirectional self-attention within packed segments, dispatched to the fastest path of the platform.
+
+Segments attend only to themselves. Padding is segment 0 and attends to padding, so no row of scores is fully masked and
+nothing becomes NaN.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlm_jax.config import ModelConfig
+from mlm_jax.errors import UserError
+from mlm_jax.model.layers import dropout, parameter, weight_init
+from mlm_jax.sharding import ROWS, SHARDING
+
+logger = logging.getLogger(__name__)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with biases; projections go straight into [B, H, L, K]."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        init, zeros = weight_init(cfg), jax.nn.initializers.zeros
+        shape_DHK = (cfg.embed_dim, cfg.num_heads, cfg.head_dim)
+        shape_HK = shape_DHK[1:]
+        self.query_DHK = parameter(rngs, init, shape_DHK, SHARDING.projection_DHK)
+        self.key_DHK = parameter(rngs, init, shape_DHK, SHARDING.projection_DHK)
+        self.value_DHK = parameter(rngs, init, shape_DHK, SHARDING.projection_DHK)
+        self.query_bias_HK = parameter(rngs, zeros, shape_HK, SHARDING.projection_bias_HK)
+        self.key_bias_HK = parameter(rngs, zeros, shape_HK, SHARDING.projection_bias_HK)
+        self.value_bias_HK = parameter(rngs, zeros, shape_HK, SHARDING.projection_bias_HK)
+        self.output_HKD = parameter(rngs, init, (*shape_HK, cfg.embed_dim), SHARDING.output_HKD)
+        self.output_bias_D = parameter(rngs, zeros, (cfg.embed_dim,), SHARDING.vector)
+        self.cfg = cfg
+
+    def __call__(
+        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None, implementation: str
+    ) -> jax.Array:
+        def project(kernel_DHK: jax.Array, bias_HK: jax.Array) -> jax.Array:
+            heads_BHLK = jnp.einsum("BLD,DHK->BHLK", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
+            return heads_BHLK + bias_HK[None, :, None]
+
+        query_BHLK = project(self.query_DHK[...], self.query_bias_HK[...])
+        key_BHLK = project(self.key_DHK[...], self.key_bias_HK[...])
+        value_BHLK = project(self.value_DHK[...], self.value_bias_HK[...])
+        mixed_BHLK = attend(
+            query_BHLK,
+            key_BHLK,
+            value_BHLK,
+            segment_ids_BL,
+            implementation=implementation,
+            dropout_rate=self.cfg.attention_dropout,
+            dropout_key=key,
+        )
+        out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, self.output_HKD[...], out_sharding=SHARDING.hidden_BLD)
+        return out_BLD + self.output_bias_D[...][None, None]
+
+
+def attend(
+    query_BHLK: jax.Array,
+    key_BHMK: jax.Array,
+    value_BHMK: jax.Array,
+    segment_ids_BL: jax.Array,
+    *,
+    implementation: str,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention of each segment over itself: [B, H, L, K], in the query's dtype.
+
+    Args:
+        implementation: "xla", "splash" (TPU) or "cudnn" (GPU), as `choose_implementation` names it.
+    """
+    with jax.named_scope("attention_core"):
+        if implementation == "splash":
+            return _splash(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL)
+        if implementation == "cudnn":
+            return _cudnn(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL)
+        return _xla(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL, dropout_rate, dropout_key)
+
+
+def choose_implementation(requested: str, cfg: ModelConfig, length: int, platform: str, dtype: jnp.dtype) -> str:
+    """Resolves "auto" for a platform and says why whenever the fast path cannot be taken.
+
+    Raises:
+        UserError: a path was asked for by name and cannot run this configuration.
+    """
+    fast = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    wanted = fast if requested == "auto" else requested
+    reasons = {
+        "splash": [
+            (platform == "tpu", "it is a TPU kernel"),
+            (length % 128 == 0, f"the length {length} is no multiple of 128"),
+            (cfg.attention_dropout == 0, "it has no attention dropout"),
+        ],
+        "cudnn": [
+            (platform in ("gpu", "cuda"), "it is a GPU kernel"),
+            (dtype in (jnp.bfloat16, jnp.float16), f"it does not take {jnp.dtype(dtype).name}"),
+            (cfg.head_dim % 8 == 0 and cfg.head_dim <= 128, f"head dimension {cfg.head_dim} is no multiple of 8 up to 128"),
+            (cfg.attention_dropout == 0, "it has no attention dropout here"),
+        ],
+        "xla": [],
+    }[wanted]
+    failed = [reason for holds, reason in reasons if not holds]
+    if failed and requested != "auto":
+        raise UserError(f"compute.attention={requested!r} cannot be used: {failed[0]}; use auto or xla")
+    if failed:
+        logger.info("attention: XLA instead of %s, because %s", wanted, failed[0])
+        return "xla"
+    return wanted
+
+
+def _xla(
+    query_BHLK: jax.Array,
+    key_BHMK: jax.Array,
+    value_BHMK: jax.Array,
+    segment_ids_BL: jax.Array,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    scale = query_BHLK.shape[-1] ** -0.5
+    scores_BHLM = jnp.einsum("BHLK,BHMK->BHLM", query_BHLK * scale, key_BHMK, preferred_element_type=jnp.float32)
+    same_B1LM = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
+    probabilities_BHLM = jax.nn.softmax(jnp.where(same_B1LM, scores_BHLM, -1e30), axis=-1).astype(value_BHMK.dtype)
+    probabilities_BHLM = dropout(probabilities_BHLM, dropout_rate, dropout_key)
+    return jnp.einsum("BHLM,BHMK->BHLK", probabilities_BHLM, value_BHMK)
+
+
+def _cudnn(
+    query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array
+) -> jax.Array:
+    # The public interface takes packing as a boolean mask only; the packed form is private to jax.
+    same_B1LM = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
+    query_BLHK, key_BMHK, value_BMHK = (x.swapaxes(1, 2) for x in (query_BHLK, key_BHMK, value_BHMK))
+    mixed_BLHK = jax.nn.dot_product_attention(query_BLHK, key_BMHK, value_BMHK, mask=same_B1LM, implementation="cudnn")
+    return mixed_BLHK.swapaxes(1, 2)
+
+
+def _splash(
+    query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array
+) -> jax.Array:
+    # Imported here because Pallas for TPU is of no use, and slow to import, elsewhere.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    num_heads, length, head_dim = query_BHLK.shape[1:]
+
+    def rows(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        full = masks.MultiHeadMask([masks.FullMask((length, length))] * query_BHLK.shape[1])
+        kernel = splash.make_splash_mha(full, head_shards=1, q_seq_shards=1)
+
+        def row(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+            return kernel(query, key, value, segment_ids=splash.SegmentIds(q=segments, kv=segments))
+
+        return jax.vmap(row)(query_BHLK, key_BHMK, value_BHMK, segments_BL)
+
+    heads = SHARDING.heads_BHLK
+    sharded = functools.partial(
+        jax.shard_map, in_specs=(heads, heads, heads, jax.P(ROWS, None)), out_specs=heads, check_vma=False
+    )
+    return sharded(rows)(query_BHLK * head_dim**-0.5, key_BHMK, value_BHMK, segment_ids_BL)

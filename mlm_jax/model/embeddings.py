@@ -1,0 +1,55 @@
+"""Input embeddings: token, learned position and optional token-type tables, then norm and dropout."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlm_jax.config import ModelConfig
+from mlm_jax.model.layers import LayerNorm, dropout, parameter, weight_init
+from mlm_jax.sharding import SHARDING
+
+
+def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
+    """Positions that restart at 0 in every packed segment: int32 [B, L]."""
+    length = segment_ids_BL.shape[1]
+    index_1L = jnp.arange(length, dtype=jnp.int32)[None]
+    previous_BL = jnp.pad(segment_ids_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BL = jnp.where(segment_ids_BL != previous_BL, index_1L, 0)
+    return index_1L - jax.lax.cummax(starts_BL, axis=1)
+
+
+def lookup(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Rows of a table, sharded as activations. A sharded table is gathered first, its gradient reduced and scattered."""
+    return jax.reshard(table_VD, SHARDING.table).at[ids_BL].get(out_sharding=SHARDING.hidden_BLD)
+
+
+class Embeddings(nnx.Module):
+    """Source: BERT section 3 (Devlin et al., 2019); RoBERTa's tables start after the padding id (fairseq)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        init = weight_init(cfg)
+        self.tokens_VD = parameter(rngs, init, (cfg.vocab_size, cfg.embed_dim), SHARDING.embedding_VD)
+        positions = cfg.max_positions + cfg.position_offset
+        self.positions_LD = parameter(rngs, init, (positions, cfg.embed_dim), SHARDING.table)
+        if cfg.num_token_types:
+            shape = (cfg.num_token_types, cfg.embed_dim)
+            self.token_types_TD = parameter(rngs, init, shape, SHARDING.table)
+        self.norm = LayerNorm(cfg.embed_dim, cfg.norm_eps, rngs=rngs)
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        token_types_BL: jax.Array | None,
+        key: jax.Array | None,
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        """Hidden states [B, L, D] in the compute dtype; token types default to 0."""
+        with jax.named_scope("embedding"):
+            hidden_BLD = lookup(self.tokens_VD[...], tokens_BL)
+            hidden_BLD += lookup(self.positions_LD[...], positions_BL + self.cfg.position_offset)
+            if self.cfg.num_token_types:
+                types_BL = jnp.zeros_like(tokens_BL) if token_types_BL is None else token_types_BL
+                hidden_BLD += lookup(self.token_types_TD[...], types_BL)
+            return dropout(self.norm(hidden_BLD.astype(dtype)), self.cfg.dropout, key)

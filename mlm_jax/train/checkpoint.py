@@ -1,0 +1,144 @@
+"""Checkpoints: asynchronous, atomic and exact, by Orbax. The only file that imports it.
+
+A checkpoint holds three parts that can be read on their own: `params`, `ema` where the run keeps one, and `rest` (step,
+optimizer state, counters). The data position is the step, so there is nothing else to save.
+"""
+
+import logging
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from mlm_jax.errors import MachineError, UserError
+from mlm_jax.train.state import TrainState
+from mlm_jax.workdir import Workdir
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoint stream of one run."""
+
+    def __init__(self, workdir: Workdir, *, keep: int):
+        self._workdir = workdir
+        self._checkpointer = ocp.training.Checkpointer(
+            epath.Path(workdir.checkpoints).resolve(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
+        """Begins writing; returns once the state has been copied, or, with `wait`, once it is on disk.
+
+        Raises:
+            MachineError: this checkpoint, or the one begun before it, could not be written.
+        """
+        try:
+            self._checkpointer.save_checkpointables_async(step, _split(state), force=True)
+            if wait:
+                self.wait()
+        except MachineError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint being written is on disk."""
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
+        """The newest checkpoint that can be read, onto the shardings of `abstract`, with its step; None if there is none.
+
+        A damaged one is reported and moved to `damaged_checkpoints/`.
+
+        Raises:
+            MachineError: there are checkpoints and none can be read.
+        """
+        steps = sorted((checkpoint.step for checkpoint in self._checkpointer.checkpoints), reverse=True)
+        for step in steps:
+            try:
+                parts = self._checkpointer.load_checkpointables(step, _split(abstract))
+                jax.block_until_ready(parts)
+            except Exception as error:
+                logger.error("checkpoint %d cannot be read: %s", step, _first_line(error))
+                self._set_aside(step)
+                continue
+            return _join(parts), step
+        if steps:
+            raise MachineError(f"none of the checkpoints {steps} can be read; they were moved to {self._workdir.damaged}")
+        return None
+
+    def close(self) -> None:
+        """Waits for what is being written and releases the files."""
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _set_aside(self, step: int) -> None:
+        source = epath.Path(self._workdir.checkpoints) / str(step)
+        self._workdir.damaged.mkdir(parents=True, exist_ok=True)
+        target = self._workdir.damaged / str(step)
+        if target.exists():
+            target.rmtree()
+        source.rename(target)
+        self._checkpointer.reload()
+
+    def _failure(self, error: Exception) -> MachineError:
+        return MachineError(
+            f"a checkpoint could not be written to {self._workdir.checkpoints}: {_first_line(error)}. "
+            f"The last whole one is step {self.last_step}; free some space or mend the disk, then run the same command again"
+        )
+
+
+def load_params(workdir: Workdir, abstract_params: Any) -> tuple[Any, int]:
+    """The parameters of the newest checkpoint (their moving average where there is one), and its step.
+
+    Raises:
+        UserError: the run has not saved anything yet.
+        MachineError: the checkpoint cannot be read.
+    """
+    if not workdir.checkpoints.exists():
+        raise UserError(f"{workdir.path} has no checkpoint yet; train first")
+    with ocp.training.Checkpointer(epath.Path(workdir.checkpoints).resolve()) as checkpointer:
+        latest = checkpointer.latest
+        if latest is None:
+            raise UserError(f"{workdir.path} has no checkpoint yet; train first")
+        part = "ema" if (epath.Path(workdir.checkpoints) / str(latest.step) / "ema").exists() else "params"
+        try:
+            return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
+        except Exception as error:
+            raise MachineError(
+                f"checkpoint {latest.step} of {workdir.path} cannot be read: {_first_line(error)}"
+            ) from error
+
+
+def _split(state: TrainState) -> dict[str, Any]:
+    rest = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "nonfinite": state.nonfinite,
+        "interval": state.interval,
+    }
+    parts = {"params": state.params, "rest": rest}
+    return parts if state.ema is None else parts | {"ema": state.ema}
+
+
+def _join(parts: dict[str, Any]) -> TrainState:
+    return TrainState(params=parts["params"], ema=parts.get("ema"), **parts["rest"])
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,0 +1,330 @@
+"""The training loop: restore, then batch after batch into the compiled step, with logs, evaluations and checkpoints."""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from mlm_jax import flops
+from mlm_jax.config import Config, StageConfig
+from mlm_jax.data.corpus import Corpus
+from mlm_jax.data.loader import Rows, batches
+from mlm_jax.data.prepare import prepare
+from mlm_jax.errors import MachineError, UserError
+from mlm_jax.fill_mask import Filler
+from mlm_jax.masking import VocabTables
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.sharding import ROWS, check_batch, local_rows, make_mesh
+from mlm_jax.train.checkpoint import Checkpoints
+from mlm_jax.train.evaluate import evaluate, make_eval_step
+from mlm_jax.train.optimizer import learning_rate, make_optimizer
+from mlm_jax.train.state import TrainState, init_state
+from mlm_jax.train.step import TrainStep, make_train_step
+from mlm_jax.train.writer import MetricWriter, Progress
+from mlm_jax.workdir import Workdir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop(Exception):
+    """The run was asked to stop by a signal; its state is saved."""
+
+    signal_number: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Steps whose execution is traced into `workdir/profile`."""
+
+    start: int
+    stop: int
+
+
+def train(
+    cfg: Config,
+    workdir_path: str | os.PathLike[str],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    profile: Profile | None = None,
+) -> None:
+    """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
+
+    Args:
+        data_dir: the prepared corpus; made there when missing. Default: `data/` in the workdir.
+        workers: processes for preparation; default one a core.
+
+    Raises:
+        UserError: the config does not fit the machine, the corpus, or the run in the workdir.
+        MachineError: the loss stopped being finite, or a file could not be written.
+        Stop: SIGTERM or SIGINT arrived; the state was saved first.
+    """
+    mesh = make_mesh(cfg.sharding)
+    for index, stage in enumerate(cfg.stages):
+        check_batch(stage, mesh, f"stages[{index}]")
+    workdir = Workdir(workdir_path)
+    with workdir.lock():
+        workdir.open_for_training(cfg)
+        corpus = prepare(cfg, data_dir or workdir.default_data, workers)
+        if corpus.tokenizer.vocab_size > cfg.model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {corpus.tokenizer.vocab_size} ids and the model room for {cfg.model.vocab_size}: "
+                f"set --config.model.vocab_size={-(-corpus.tokenizer.vocab_size // 128) * 128}"
+            )
+        workdir.write_language(corpus.tokenizer, corpus.unigrams)
+        with jax.set_mesh(mesh), _signals() as received:
+            _Run(cfg, workdir, corpus, mesh, profile, received).train()
+
+
+class _Run:
+    """One process's part of a run: what was built once and is used in every step."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        workdir: Workdir,
+        corpus: Corpus,
+        mesh: jax.sharding.Mesh,
+        profile: Profile | None,
+        received: list[int],
+    ):
+        self.cfg, self.workdir, self.corpus, self.mesh = cfg, workdir, corpus, mesh
+        self.profile, self.received = profile, received
+        self.compute = Compute.resolve(cfg.compute)
+        self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
+        self.vocab = vocab_tables(cfg, corpus.tokenizer)
+        log_unigram_V = workdir.log_unigrams(cfg.model.vocab_size)
+        self.log_unigram_V = jax.device_put(log_unigram_V, jax.NamedSharding(mesh, jax.P()))
+        self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
+        self.objective = MaskedLM(cfg, self.compute, cfg.mask_rate(cfg.stages[0]))
+        self.eval_step = make_eval_step(cfg, self.objective)
+        self.filler = Filler(self.objective, corpus.tokenizer)
+        self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
+
+    def train(self) -> None:
+        state, step = self._restore_or_init()
+        primary = jax.process_index() == 0
+        with (
+            MetricWriter(self.workdir.path, self.cfg, step, is_primary=primary) as self.writer,
+            Progress(self.cfg.total_steps, step, is_primary=primary) as self.progress,
+        ):
+            first, position = 0, collections.Counter[int]()
+            for index, stage in enumerate(self.cfg.stages):
+                last = first + stage.steps
+                if step < last:
+                    # Examples already seen at this length, by this stage and by earlier ones on the same rows.
+                    seen = position[stage.seq_len] + (step - first) * stage.batch_size
+                    state = self._train_stage(index, stage, state, step, last, seen)
+                    step = last
+                position[stage.seq_len] += stage.steps * stage.batch_size
+                first = last
+        self.checkpoints.close()
+
+    def _train_stage(
+        self, index: int, stage: StageConfig, state: TrainState, first: int, last: int, seen: int
+    ) -> TrainState:
+        cfg = self.cfg
+        objective = MaskedLM(cfg, self.compute, cfg.mask_rate(stage))
+        dropout_impl = None if self.compute.platform == "cpu" else "rbg"
+        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, dropout_impl=dropout_impl)
+        validation = self._freeze_validation(stage)
+        feed = self._device_batches(stage, first, last, seen)
+        logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
+        pending: tuple[int, dict[str, Any]] | None = None
+        self._start_clock()
+        # The order within a step is a contract: next batch, dispatch, write the previous metrics, evaluate, save.
+        for step in range(first + 1, last + 1):
+            batch = next(feed)
+            with self._traced(step), jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch, self.vocab)
+            if pending is not None:
+                self._log(index, *pending)
+                pending = None
+            if step % cfg.train.log_every == 0 or step == last:
+                pending = (step, metrics)
+            evaluating = step == last or (cfg.evaluation.every > 0 and step % cfg.evaluation.every == 0)
+            saving = step == last or step % cfg.train.checkpoint_every == 0
+            if not (evaluating or saving or self.received):
+                continue
+            # What a checkpoint's step has logged must be on disk before the checkpoint is.
+            if pending is not None:
+                self._log(index, *pending)
+                pending = None
+            with self._pause():
+                self._refuse_nonfinite(step, jax.device_get(metrics["nonfinite"]))
+                if evaluating:
+                    self._evaluate(step, state, validation)
+                if saving or self.received:
+                    self.checkpoints.save(state, step, wait=bool(self.received) or step == cfg.total_steps)
+            if self.received and step < cfg.total_steps:
+                self.checkpoints.close()
+                raise Stop(self.received[0], step)
+        return state
+
+    def _restore_or_init(self) -> tuple[TrainState, int]:
+        names = ("mlm", "accuracy")
+        create = jax.jit(
+            lambda: init_state(
+                self.objective.init(jax.random.key(self.cfg.seed)),
+                self.optimizer,
+                ema=self.cfg.optimizer.ema_decay > 0,
+                names=names,
+            )
+        )
+        abstract = jax.tree.map(self._concrete, jax.eval_shape(create))
+        restored = self.checkpoints.restore(abstract)
+        if restored is None:
+            return create(), 0
+        logger.info("continuing from the checkpoint of step %d", restored[1])
+        return restored
+
+    def _concrete(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if leaf.sharding is None else leaf.sharding.spec  # scalars carry none
+        sharding = jax.NamedSharding(self.mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def _freeze_validation(self, stage: StageConfig) -> dict[str, np.ndarray]:
+        rows = Rows(self.corpus.path, stage.seq_len, "validation")
+        frozen = rows.read(range(min(len(rows), self.cfg.evaluation.max_rows)))
+        self.workdir.write_validation(stage.seq_len, frozen)
+        return frozen
+
+    def _device_batches(self, stage: StageConfig, first: int, last: int, seen: int) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on their devices, two ahead of the step."""
+        rows = Rows(self.corpus.path, stage.seq_len, "train")
+        host_batches = batches(
+            rows,
+            batch_size=stage.batch_size,
+            start_step=0,
+            num_steps=last - first,
+            first_position=seen,
+            seed=self.cfg.seed,
+            local_rows=local_rows(self.mesh, stage.batch_size),
+        )
+        sharding = jax.NamedSharding(self.mesh, jax.P(ROWS))
+        ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
+        for host in host_batches:
+            ahead.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in host.items()})
+            if len(ahead) > 2:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _log(self, stage_index: int, step: int, metrics: dict[str, Any]) -> None:
+        metrics = jax.device_get(metrics)
+        interval = metrics["interval"]
+        means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in interval.items()}
+        now = time.perf_counter()
+        seconds = now - self.last_time - self.paused_seconds
+        steps = float(interval["skipped"].weight)
+        tokens_per_second = means["tokens"] * steps / max(seconds, 1e-9)
+        self.last_time, self.paused_seconds = now, 0.0
+        values = {
+            "loss": means["mlm"],
+            "accuracy": means["accuracy"],
+            "learning_rate": float(metrics["learning_rate"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": tokens_per_second,
+            "fill_rate": means["row_fill"],
+            "skipped": int(interval["skipped"].sum),
+            "stage": stage_index,
+        }
+        per_token = flops.train_flops_per_token(self.cfg.model, means["segment_length"], means["predicted"])
+        peak = flops.device_peak_flops(jax.devices()[0])
+        if peak is not None:
+            values["mfu"] = tokens_per_second * per_token / (peak * jax.device_count())
+        self.writer.write(step, "train", values)
+        self.progress.update(step, values)
+        self._refuse_nonfinite(step, metrics["nonfinite"])
+
+    def _refuse_nonfinite(self, step: int, count: Any) -> None:
+        if int(count) >= self.cfg.train.max_nonfinite:
+            raise MachineError(
+                f"step {step}: {int(count)} updates in a row were skipped because the loss or gradient was not finite. "
+                f"The last good checkpoint is step {self.checkpoints.last_step}. Try a lower optimizer.learning_rate, a "
+                "longer warm-up, optimizer.clip_norm=1.0, or compute.dtype=float32"
+            )
+
+    def _evaluate(self, step: int, state: TrainState, validation: dict[str, np.ndarray]) -> None:
+        params = state.params if state.ema is None else state.ema
+        values: dict[str, Any] = dict(
+            evaluate(
+                self.eval_step,
+                params,
+                validation,
+                self.vocab,
+                self.log_unigram_V,
+                self.cfg.evaluation.batch_size,
+            )
+        )
+        logger.info(
+            "step %d held-out: loss %.4f, accuracy %.4f (unigram: %.4f, %.4f)",
+            step,
+            *(values[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")),
+        )
+        probes = self.cfg.evaluation.probes
+        if probes:
+            fills = self.filler(params, probes, top_k=5)
+            values["probes"] = [{"text": text, "fills": fill} for text, fill in zip(probes, fills, strict=True)]
+        self.writer.write(step, "eval", values)
+
+    def _start_clock(self) -> None:
+        self.last_time, self.paused_seconds = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.paused_seconds += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _traced(self, step: int) -> Iterator[None]:
+        if self.profile is not None and step == self.profile.start:
+            jax.profiler.start_trace(os.fspath(self.workdir.path / "profile"))
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if self.profile is not None and step == self.profile.stop:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+
+
+def vocab_tables(cfg: Config, tokenizer: Any) -> VocabTables:
+    """The tokenizer's tables, replicated over the current mesh."""
+    tables = VocabTables.from_arrays(
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        word_starts=tokenizer.word_starts(),
+        vocab_size=cfg.model.vocab_size,
+    )
+    return jax.device_put(tables, jax.NamedSharding(jax.sharding.get_mesh(), jax.P()))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the first SIGTERM or SIGINT for the loop to act on between steps; a second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, previous[number])

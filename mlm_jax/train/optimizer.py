@@ -1,0 +1,166 @@
+"""The update rule (AdamW, LAMB) and the learning-rate curve over a whole run, put together from optax.
+
+Called by `train.loop`. What decays is decided by a parameter's name: layers are stacked, so ranks do not tell.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlm_jax.config import Config, OptimizerConfig
+from mlm_jax.errors import UserError
+
+STACKED = "layers"  # the subtree whose leaves hold one tensor per layer along their first axis
+
+
+def learning_rate(cfg: Config) -> optax.Schedule:
+    """The learning rate of each update, counted from 0 over all stages.
+
+    A curve spans the stages up to the next one that sets its own `learning_rate`, where a new curve begins. Warm-up is
+    linear from 0, so the first update of a curve with warm-up changes nothing but the moments, as in BERT's own code.
+
+    Raises:
+        UserError: a 'wsd' curve is shorter than its warm-up and decay together.
+    """
+    curves: list[optax.Schedule] = []
+    starts: list[int] = []
+    peak, warmup_steps = cfg.optimizer.learning_rate, cfg.optimizer.warmup_steps
+    start = end = 0
+    for stage in cfg.stages:
+        if stage.learning_rate > 0:
+            if end > start:
+                curves.append(_curve(cfg.optimizer, peak, warmup_steps, end - start))
+                starts.append(start)
+            peak, warmup_steps, start = stage.learning_rate, stage.warmup_steps, end
+        end += stage.steps
+    curves.append(_curve(cfg.optimizer, peak, warmup_steps, end - start))
+    starts.append(start)
+    return optax.join_schedules(curves, starts[1:])
+
+
+def _curve(cfg: OptimizerConfig, peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """One warm-up and what follows it, over this many steps, counted from 0.
+
+    A warm-up longer than `steps` is cut off where the run ends. `end_factor` means nothing to 'constant', which has no
+    end, and is a lower bound for 'inverse_sqrt'.
+    """
+    floor = peak * cfg.end_factor
+    rest = max(1, steps - warmup_steps)
+    pieces: list[optax.Schedule]
+    boundaries: list[int] = []
+    if cfg.schedule == "constant":
+        pieces = [optax.constant_schedule(peak)]
+    elif cfg.schedule == "linear":
+        pieces = [optax.linear_schedule(peak, floor, rest)]
+    elif cfg.schedule == "cosine":
+        pieces = [optax.cosine_decay_schedule(peak, rest, alpha=cfg.end_factor)]
+    elif cfg.schedule == "inverse_sqrt":
+        pieces = [_inverse_sqrt(peak, floor, max(1, warmup_steps))]
+    else:
+        stable_steps = steps - warmup_steps - cfg.decay_steps
+        if stable_steps < 0:
+            raise UserError(
+                f"optimizer.decay_steps={cfg.decay_steps} and {warmup_steps} warm-up steps exceed the {steps} steps of "
+                "their stages: shorten one of them or train longer"
+            )
+        pieces = [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, cfg.decay_steps)]
+        boundaries = [stable_steps]
+    if warmup_steps > 0:
+        pieces = [optax.linear_schedule(0.0, peak, warmup_steps), *pieces]
+        boundaries = [warmup_steps, *(warmup_steps + boundary for boundary in boundaries)]
+    return optax.join_schedules(pieces, boundaries)
+
+
+def _inverse_sqrt(peak: float, floor: float, warmup_steps: int) -> optax.Schedule:
+    """Continues a warm-up so that the rate falls with the square root of all steps taken."""
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        steps = jnp.asarray(count, jnp.float32) + warmup_steps
+        return jnp.maximum(peak * jnp.sqrt(warmup_steps / steps), floor)
+
+    return schedule
+
+
+def make_optimizer(cfg: Config) -> optax.GradientTransformation:
+    """Clipping, moments, decoupled weight decay, LAMB's trust ratio, and the learning rate, in this order.
+
+    The decay is multiplied by the learning rate but not by the moments.
+
+    Source: google-research/bert:optimization.py (AdamW, there without bias correction); arXiv:1904.00962, algorithm 2,
+    and NVIDIA/apex:apex/optimizers/fused_lamb.py (LAMB: what does not decay is not rescaled either).
+    """
+    rule = cfg.optimizer
+
+    def mask(params: Any) -> Any:
+        return decay_mask(params, embeddings=rule.decay_embeddings)
+
+    parts = []
+    if rule.clip_norm > 0:
+        parts.append(optax.clip_by_global_norm(rule.clip_norm))
+    if rule.bias_correction:
+        parts.append(optax.scale_by_adam(rule.b1, rule.b2, rule.eps))
+    else:
+        parts.append(scale_by_uncorrected_adam(rule.b1, rule.b2, rule.eps))
+    if rule.weight_decay > 0:
+        parts.append(optax.add_decayed_weights(rule.weight_decay, mask))
+    if rule.name == "lamb":
+        parts.append(optax.masked(scale_by_layer_trust_ratio(), mask))
+    parts.append(optax.scale_by_learning_rate(learning_rate(cfg)))
+    return optax.chain(*parts)
+
+
+def decay_mask(params: Any, *, embeddings: bool = True) -> Any:
+    """True where weight decay applies: everywhere but in norms and biases, as BERT does.
+
+    Args:
+        embeddings: whether the tables under `embeddings/` decay. An untied decoder is no embedding and always does.
+    """
+
+    def decays(path: Any, _: Any) -> bool:
+        *modules, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if "bias" in leaf.split("_") or any("norm" in module.split("_") for module in modules):
+            return False
+        return embeddings or "embeddings" not in modules
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def scale_by_uncorrected_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam without bias correction, which starts with larger updates: m / √v is (1 - b1) / √(1 - b2) at first."""
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        return optax.scale_by_adam(b1, b2, eps).init(params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
+    """Rescales each update to its weights' norm, tensor by tensor: each layer of a stacked parameter has its own ratio.
+
+    The ratio is 1 where either norm is 0.
+    """
+
+    def norm(array: jax.Array, first_axis: int) -> jax.Array:
+        axes = tuple(range(first_axis, array.ndim))
+        return jnp.sqrt(jnp.sum(jnp.square(array.astype(jnp.float32)), axes, keepdims=True))
+
+    def rescale(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+        stacked = STACKED in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        param_norm, update_norm = norm(param, int(stacked)), norm(update, int(stacked))
+        both = (param_norm > 0) & (update_norm > 0)
+        ratio = jnp.where(both, param_norm / jnp.where(both, update_norm, 1.0), 1.0)
+        return update * ratio.astype(update.dtype)
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        return jax.tree_util.tree_map_with_path(rescale, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

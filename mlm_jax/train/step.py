@@ -1,0 +1,161 @@
+"""The train step: masking, forward, masked-only loss, backward and update, compiled as one XLA program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlm_jax.config import Config, StageConfig
+from mlm_jax.masking import VocabTables
+from mlm_jax.model.embeddings import segment_positions
+from mlm_jax.objectives import Keys, LossSums, Term
+from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.sharding import ROWS
+from mlm_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+StepMetrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch, VocabTables], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(
+    cfg: Config,
+    stage: StageConfig,
+    objective: MaskedLM,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    dropout_impl: str | None = None,
+) -> TrainStep:
+    """The jitted step of one stage: (state, batch, vocab) -> (state, device scalars). The state is donated.
+
+    Args:
+        batch: int32 `tokens` and `segment_ids` [B, L], `example_ids` and `epochs` [B], rows over data × fsdp.
+        dropout_impl: the random-bit generator of dropout; "rbg" is the fast one on TPU and GPU.
+    """
+    uses_dropout = cfg.model.dropout > 0 or cfg.model.attention_dropout > 0
+
+    @functools.partial(jax.jit, donate_argnames=("state",))
+    def train_step(state: TrainState, batch: Batch, vocab: VocabTables) -> tuple[TrainState, StepMetrics]:
+        mask_key = jax.random.key(cfg.seed)
+        dropout_key = None
+        if uses_dropout:
+            dropout_key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl=dropout_impl), state.step)
+        grads, sums = accumulate_gradients(
+            lambda params, micro, key: objective.loss(params, micro, Keys(mask_key, key), vocab),
+            state.params,
+            batch,
+            dropout_key,
+            stage.accumulation,
+        )
+        loss = total_loss(sums)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.global_norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                ema = jax.tree.map(lambda old, new: old + (1.0 - cfg.optimizer.ema_decay) * (new - old), ema, params)
+            params, opt_state, ema = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state, ema),
+                (state.params, state.opt_state, state.ema),
+            )
+        interval = _add_to_interval(state, cfg.train.log_every, sums, batch, finite)
+        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        metrics = {
+            "interval": interval,
+            "learning_rate": schedule(state.step),
+            "grad_norm": grad_norm,
+            "nonfinite": nonfinite,
+        }
+        return TrainState(state.step + 1, params, opt_state, ema, nonfinite, interval), metrics
+
+    return train_step
+
+
+def accumulate_gradients(
+    loss_sums: Callable[[Any, Batch, jax.Array | None], LossSums],
+    params: Any,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    count: int,
+) -> tuple[Any, LossSums]:
+    """The gradient of the global batch's loss, in `count` micro-batches, and the batch's sums.
+
+    Each loss term is divided by its weight over the whole batch, so the result does not depend on `count`. The weights are
+    needed before the first backward pass; as they do not depend on the parameters, the compiler reduces that first pass to
+    the masking alone.
+    """
+
+    def scaled(params: Any, micro: Batch, key: jax.Array | None, weights: dict[str, jax.Array]) -> Any:
+        sums = loss_sums(params, micro, key)
+        return sum(term.sum / jnp.maximum(weights[name], 1.0) for name, term in sums.losses.items()), sums
+
+    if count == 1:
+
+        def whole(params: Any) -> Any:
+            sums = loss_sums(params, batch, dropout_key)
+            return total_loss(sums), sums
+
+        (_, sums), grads = jax.value_and_grad(whole, has_aux=True)(params)
+        return grads, sums
+
+    micro_batches = {name: _split_rows(array, count) for name, array in batch.items()}
+    keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+
+    def weigh(micro: Batch) -> dict[str, jax.Array]:
+        return {name: term.weight for name, term in loss_sums(params, micro, None).losses.items()}
+
+    weights = jax.tree.map(lambda x: x.sum(0), jax.lax.map(weigh, micro_batches))
+
+    def body(carry: Any, inputs: Any) -> Any:
+        micro, key = inputs
+        (_, sums), grads = jax.value_and_grad(scaled, has_aux=True)(params, micro, key, weights)
+        return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+    one = jax.tree.map(lambda x: x[0], (micro_batches, keys))
+    shapes = jax.eval_shape(lambda p: loss_sums(p, *one), params)
+    start = jax.tree.map(jnp.zeros_like, (params, shapes))
+    (grads, sums), _ = jax.lax.scan(body, start, (micro_batches, keys))
+    return grads, sums
+
+
+def total_loss(sums: LossSums) -> jax.Array:
+    """The sum of the terms' means."""
+    return sum((term.mean() for term in sums.losses.values()), start=jnp.zeros(()))
+
+
+def _split_rows(array: jax.Array, count: int) -> jax.Array:
+    """[B, …] to [count, B / count, …], every micro-batch spread over all devices without moving a row."""
+    rows, rest = array.shape[0] // count, array.shape[1:]
+    spec = jax.P(ROWS, *(None,) * (1 + len(rest)))
+    return jnp.reshape(array, (rows, count, *rest), out_sharding=spec).swapaxes(0, 1)
+
+
+def _add_to_interval(
+    state: TrainState, log_every: int, sums: LossSums, batch: Batch, finite: jax.Array
+) -> dict[str, Term]:
+    """This step's sums added to those since the last log line. A skipped step counts only as skipped."""
+    segment_ids_BL = batch["segment_ids"]
+    real_BL = (segment_ids_BL > 0).astype(jnp.float32)
+    tokens = real_BL.sum()
+    # A segment of s tokens has positions 0 … s-1, and the sum of 2p+1 over them is s².
+    squares = ((2 * segment_positions(segment_ids_BL) + 1) * real_BL).sum()
+    one = jnp.ones(())
+    predicted = next(iter(sums.losses.values())).weight
+    current = sums.losses | sums.metrics
+    current = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), current)
+    current |= {
+        "skipped": Term(1.0 - finite.astype(jnp.float32), one),
+        "tokens": Term(tokens, one),
+        "row_fill": Term(tokens, one * segment_ids_BL.size),
+        "segment_length": Term(squares, tokens),
+        "predicted": Term(predicted, tokens),
+    }
+    keep = jnp.where(state.step % log_every == 0, 0.0, 1.0)
+    return jax.tree.map(lambda old, new: old * keep + new, state.interval, current)

@@ -1,0 +1,121 @@
+"""A run's directory: its config, tokenizer, frozen validation rows and lock. Host code; nothing here knows the model.
+
+    config.json  checkpoints/  metrics.jsonl  tensorboard/  tokenizer/  unigrams.npy  validation_seq128.npz  [data/]
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from mlm_jax.config import Config, check, differences, from_dict, to_dict
+from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_jax.errors import MachineError, UserError
+
+
+class Workdir:
+    """Names the files of one run and reads or writes those that are not checkpoints or metrics."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = epath.Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.damaged = self.path / "damaged_checkpoints"
+        self.default_data = self.path / "data"
+        self._config = self.path / "config.json"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the directory for one training process. A bucket has no locks and is left to its user.
+
+        Raises:
+            UserError: another process is training here.
+        """
+        if "://" in os.fspath(self.path):
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is training in {self.path}; give this run its own --workdir") from None
+            yield
+
+    def open_for_training(self, cfg: Config) -> None:
+        """Writes config.json, or checks that the run already here computes the same thing.
+
+        Raises:
+            UserError: the directory holds a run of another config; the fields that differ are named.
+        """
+        if self._config.exists():
+            changed = differences(self.read_config(), cfg)
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run of another config ({'; '.join(changed[:6])}); "
+                    "use another --workdir, or the config that this run began with"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._config, json.dumps(to_dict(cfg), indent=2).encode())
+
+    def read_config(self) -> Config:
+        """The config that the run was started (or last continued) with."""
+        if not self._config.exists():
+            raise UserError(f"{self.path} is not a run's workdir: it has no config.json")
+        try:
+            cfg = from_dict(json.loads(self._config.read_text()))
+            check(cfg)
+        except (json.JSONDecodeError, UnicodeDecodeError, UserError) as error:
+            raise MachineError(f"{self._config} is damaged: {error}") from error
+        return cfg
+
+    def write_language(self, tokenizer: Tokenizer, unigrams: np.ndarray) -> None:
+        """Keeps the tokenizer and the training text's token counts beside the model."""
+        tokenizer.save(self.path / "tokenizer")
+        buffer = io.BytesIO()
+        np.save(buffer, unigrams)
+        write_atomically(self.path / "unigrams.npy", buffer.getvalue())
+
+    def read_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path / "tokenizer")
+
+    def log_unigrams(self, vocab_size: int) -> np.ndarray:
+        """Log-probabilities of the training text's tokens, add-one smoothed: float32 [vocab_size].
+
+        Ids beyond the tokenizer's never occur as targets and count as never seen.
+        """
+        counts = np.load(io.BytesIO((self.path / "unigrams.npy").read_bytes())).astype(np.float64)
+        counts = np.pad(counts + 1.0, (0, vocab_size - len(counts)), constant_values=1.0)
+        return np.log(counts / counts.sum()).astype(np.float32)
+
+    def write_validation(self, seq_len: int, rows: dict[str, np.ndarray]) -> None:
+        """Freezes the held-out rows that this run is evaluated on."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, tokens=rows["tokens"], segment_ids=rows["segment_ids"])
+        write_atomically(self._validation(seq_len), buffer.getvalue())
+
+    def read_validation(self, seq_len: int) -> dict[str, np.ndarray]:
+        """`tokens` and `segment_ids`, int32 [rows, seq_len].
+
+        Raises:
+            UserError: the run was never evaluated at this length.
+        """
+        file = self._validation(seq_len)
+        if not file.exists():
+            raise UserError(f"{self.path} has no held-out rows of length {seq_len}; give a --source to evaluate on")
+        with np.load(io.BytesIO(file.read_bytes())) as arrays:
+            return {name: arrays[name].astype(np.int32) for name in ("tokens", "segment_ids")}
+
+    def _validation(self, seq_len: int) -> epath.Path:
+        return self.path / f"validation_seq{seq_len}.npz"
+
+
+def write_atomically(file: epath.Path, content: bytes) -> None:
+    """Writes beside the file and renames, so that a reader sees the old content or the new and nothing between."""
+    partial = file.parent / f".{file.name}.partial"
+    partial.write_bytes(content)
+    partial.replace(file)

@@ -1,0 +1,148 @@
+"""Every shipped recipe: it loads, has the size that it states, and follows the published learning-rate curve."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+
+import ml_collections
+import numpy as np
+import pytest
+
+from mlm_jax import config
+from mlm_jax.masking import num_slots
+from mlm_jax.train.optimizer import learning_rate
+
+RECIPES = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
+NAMES = [path.stem for path in RECIPES]
+
+# Parameters, and tokens in a step of each stage.
+SIZES = {
+    "smoke": (958_336, [4_096]),
+    "bert_mini": (5_462_272, [4_096]),
+    "bert_base": (109_514_298, [32_768, 131_072]),
+    "bert_large": (335_174_458, [32_768, 131_072]),
+    "bert_large_lamb": (335_174_458, [8_388_608, 16_777_216]),
+    "roberta_base": (124_696_665, [1_048_576]),
+    "roberta_large": (355_411_033, [4_194_304]),
+}
+
+# The rate at named steps: half of the warm-up, its end, halfway down, the end.
+RATES = {
+    "smoke": {0: 0.0, 30: 1.5e-3, 60: 3e-3, 330: 1.5e-3, 600: 0.0},
+    "bert_mini": {120: 5e-4, 240: 1e-3, 1_320: 5e-4, 2_400: 0.0},
+    "bert_base": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 900_000: 1e-4 * 100 / 990, 1_000_000: 0.0},
+    "bert_large": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 1_000_000: 0.0},
+    "bert_large_lamb": {2_001: 6e-3, 7_037: 6e-3 / 5_037, 7_038: 0.0, 7_138: 2e-3, 7_238: 4e-3, 8_601: 0.0},
+    "roberta_base": {5_000: 2.5e-4, 10_000: 5e-4, 67_500: 2.5e-4, 125_000: 0.0},
+    "roberta_large": {15_000: 2e-4, 30_000: 4e-4, 265_000: 2e-4, 500_000: 0.0},
+}
+
+
+def load(name: str) -> config.Config:
+    return config.load_config(next(str(path) for path in RECIPES if path.stem == name))
+
+
+def count_parameters(model: config.ModelConfig) -> int:
+    """By arithmetic on the shape, so that the encoder's own count has something to agree with."""
+    dim, norm = model.embed_dim, 2 * model.embed_dim
+    positions = model.max_positions + model.position_offset
+    tables = (model.vocab_size + positions + model.num_token_types) * dim
+    attention = 4 * (dim * dim + dim)
+    mlp = 2 * dim * model.mlp_dim + model.mlp_dim + dim
+    head = dim * dim + dim + norm + model.vocab_size
+    return tables + norm + model.num_layers * (attention + mlp + 2 * norm) + head
+
+
+def test_every_recipe_is_known_here():
+    assert set(NAMES) == SIZES.keys() == RATES.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_a_recipe_is_a_short_list_of_literals(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 100
+    tree = ast.parse(text)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert [alias.name for node in imports for alias in node.names] == ["ml_collections"]
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert {call for call in calls if not call.endswith(".lock")} == {"ml_collections.ConfigDict"}
+    scope: dict = {}
+    exec(compile(tree, str(path), "exec"), scope)
+    recipe = scope["get_config"]()
+    assert isinstance(recipe, ml_collections.ConfigDict) and recipe.is_locked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes(name):
+    cfg = load(name)
+    parameters, tokens = SIZES[name]
+    assert cfg.name == name
+    assert count_parameters(cfg.model) == parameters
+    assert [stage.batch_size * stage.seq_len for stage in cfg.stages] == tokens
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_the_docstring_says_what_a_reader_needs(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    parameters, tokens = SIZES[path.stem]
+    assert f"{parameters:,} parameters" in docstring
+    assert all(f"{count:,}" in docstring for count in tokens)
+    assert f"--config configs/{path.stem}.py" in docstring
+    for heading in ("Command:", "Expected:", "Reference topology:"):
+        assert heading in docstring
+    # What comes from a paper that nobody looked into is said to.
+    assert ("[P]" in path.read_text()) == ("[P] from the paper, unchecked" in " ".join(docstring.split()))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_every_source_that_is_cited_is_named(path):
+    text = path.read_text()
+    docstring = ast.get_docstring(ast.parse(text))
+    assert set(re.findall(r"\[([A-Z])\]", text)) == set(re.findall(r"\[([A-Z])\]", docstring))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_learning_rate_at_named_steps(name):
+    schedule = learning_rate(load(name))
+    rates = [float(schedule(step)) for step in RATES[name]]
+    np.testing.assert_allclose(rates, list(RATES[name].values()), rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_writes_no_path_and_fits_its_vocabulary(name):
+    cfg = load(name)
+    assert cfg.data.source == "builtin:python_docs" and not cfg.tokenizer.path
+    assert cfg.tokenizer.vocab_size == cfg.model.vocab_size
+    assert cfg.tokenizer.vocab_size <= 65_536  # rows are stored in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("bert_base", 16), ("bert_large", 16), ("bert_large_lamb", 256), ("roberta_base", 64)]
+)
+def test_the_reference_topology_divides_each_micro_batch(name, rows):
+    for stage in load(name).stages:
+        assert (stage.batch_size // stage.accumulation) % rows == 0
+
+
+def test_berts_limits_of_predictions_are_close_to_ours():
+    # google-research/bert allows 20 predictions in 128 tokens and 77 in 512.
+    assert (num_slots(128, 0.15), num_slots(512, 0.15)) == (19, 77)
+
+
+def test_what_makes_bert_and_roberta_differ():
+    bert, roberta = load("bert_base"), load("roberta_base")
+    assert not bert.optimizer.bias_correction and roberta.optimizer.bias_correction
+    assert (bert.optimizer.b2, roberta.optimizer.b2) == (0.999, 0.98)
+    assert (bert.optimizer.clip_norm, roberta.optimizer.clip_norm) == (1.0, 0.0)
+    assert (bert.model.activation, roberta.model.activation) == ("gelu_tanh", "gelu_erf")
+    assert (bert.model.norm_eps, roberta.model.norm_eps) == (1e-12, 1e-5)
+    assert not bert.masking.include_special and roberta.masking.include_special
+    base, large = (dataclasses.asdict(load(name).optimizer) for name in ("bert_base", "bert_large"))
+    assert base == large
+
+
+@pytest.mark.parametrize("name", ["smoke", "bert_mini"])
+def test_probes_have_a_mask(name):
+    probes = load(name).evaluation.probes
+    assert len(probes) == 3 and all(probe.count("[MASK]") == 1 for probe in probes)

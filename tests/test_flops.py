@@ -1,0 +1,70 @@
+"""FLOPs per token against hand counts and published tables, device peaks, and MFU."""
+
+import types
+
+import jax
+import pytest
+
+from mlm_jax import config, flops
+
+BASE = config.ModelConfig(vocab_size=30522, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072)
+LARGE = config.ModelConfig(vocab_size=30522, num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096)
+
+
+def device(kind: str, platform: str = "gpu") -> jax.Device:
+    return types.SimpleNamespace(device_kind=kind, platform=platform)  # the two attributes that are read
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "millions"),
+    [
+        (BASE, 128, 545),
+        (BASE, 512, 588),
+        (BASE, 1024, 644),
+        (LARGE, 128, 1879),
+        (LARGE, 512, 1992),
+        (LARGE, 1024, 2143),
+    ],
+)
+def test_bert_costs_what_the_formula_says(model, length, millions):
+    # Counted apart from the code: 6 · N · 12 D² (as F = 4 D), 12 · N · D · S, 6 · 0.15 · (D² + D V), in millions.
+    assert round(flops.train_flops_per_token(model, length, 0.15) / 1e6) == millions
+
+
+def test_a_tiny_model_by_hand():
+    # A forward pass is 2 FLOPs a weight and token: (4·4·4 + 2·4·8) weights, 2·2·3·4 for scores and mixing; the head has
+    # 4·4 + 4·10 weights for half of the tokens. The backward pass is twice the forward.
+    model = config.ModelConfig(vocab_size=10, num_layers=1, embed_dim=4, num_heads=1, mlp_dim=8)
+    forward = 2 * 128 + 2 * 2 * 3 * 4 + 0.5 * 2 * 56
+    assert flops.train_flops_per_token(model, 3.0, 0.5) == pytest.approx(3 * forward)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 920),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L40S", 362),
+    ],
+)
+def test_peaks_by_the_names_that_devices_give_themselves(kind, tera):
+    assert flops.device_peak_flops(device(kind)) == tera * 1e12
+
+
+def test_no_peak_is_guessed():
+    assert flops.device_peak_flops(jax.devices()[0]) is None
+    assert flops.device_peak_flops(device("NVIDIA H200 MIG 1g.18gb")) is None
+    assert flops.device_peak_flops(device("a device of next year")) is None
+    assert flops.mfu(1e6, 5e8, 1, jax.devices()[0]) is None
+
+
+def test_mfu_counts_all_devices():
+    # 1.6 million tokens/s of 588 MFLOP on eight v5e chips of 197 TFLOP/s.
+    assert flops.mfu(1.6e6, 588e6, 8, device("TPU v5 lite", "tpu")) == pytest.approx(0.597, abs=1e-3)
