@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "num_heads": 4,
                 "mlp_dim": 512,
                 "max_positions": 128,
+                "init_std": 0.08,  # about 1 / √width; with BERT's 0.02 so narrow a model never leaves the unigram loss
                 "dropout": 0.0,  # a few epochs of a small model do not overfit
                 "attention_dropout": 0.0,
             },

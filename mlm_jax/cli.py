@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 for a fault of the machine; 2 for a mistake of the user; 128 + n after signal n.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     for chatty in ("absl", "jax", "orbax", "grain", "fsspec", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
@@ -90,7 +92,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="a recipe, as configs/smoke.py; override with --config.section.field=value"
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a recipe, as configs/smoke.py; override with --config.section.field=value",
     )
 
 
@@ -109,12 +114,14 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.data.prepare import prepare
 
     corpus = prepare(load_config(options.config, overrides), options.out, options.workers)
-    return corpus.manifest
+    return dict(corpus.manifest)
 
 
 def _declare_train(parser: argparse.ArgumentParser) -> None:
     _config_option(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's directory; an interrupted run continues there")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run's directory; an interrupted run continues there"
+    )
     parser.add_argument("--data", metavar="DIR", help="a prepared corpus, made when missing; default: data/ in the workdir")
     parser.add_argument("--workers", type=int, help="processes for preparation; default: one a core")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into the workdir's profile/")
@@ -137,14 +144,17 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> Result | int:
             loop.train(cfg, options.workdir, data_dir=options.data, workers=options.workers, profile=profile)
     except loop.Stop as stop:
         return _fail(
-            128 + stop.signal_number, f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues"
+            128 + stop.signal_number,
+            f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues",
         )
     return {"workdir": str(options.workdir), "step": cfg.total_steps}
 
 
 def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
     _workdir_option(parser)
-    parser.add_argument("--source", metavar="URI", help="other text than the run's held-out rows: files:…, tfds:…, builtin:…")
+    parser.add_argument(
+        "--source", metavar="URI", help="other text than the run's held-out rows: files:…, tfds:…, builtin:…"
+    )
     parser.add_argument("--seq-len", type=int, help="row length; default: the last stage's")
 
 
@@ -194,7 +204,12 @@ def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
 
 def _declare_score(parser: argparse.ArgumentParser) -> None:
     _workdir_option(parser)
-    parser.add_argument("--pairs", required=True, metavar="GLOB", help="JSONL files with sentence_good and sentence_bad (BLiMP's format)")
+    parser.add_argument(
+        "--pairs",
+        required=True,
+        metavar="GLOB",
+        help="JSONL files with sentence_good and sentence_bad (BLiMP's format)",
+    )
     parser.add_argument("--method", default="pll", help="pll (default) or word_l2r")
     parser.add_argument("--batch-size", type=int, default=256, help="masked copies at a time (default 256)")
 
@@ -235,6 +250,40 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> Result:
     return {"report": out}
 
 
+def _declare_bench(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
+    parser.add_argument("--steps", type=int, default=20, help="steps in a round (default 20)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median is reported (default 5)")
+    parser.add_argument("--batch-size", type=int, help="rows in a global step; default: the stage's")
+    parser.add_argument("--seq-len", type=int, help="tokens in a row; default: the stage's")
+    parser.add_argument("--data", metavar="DIR", help="a prepared corpus: its rows and its loader; default: random rows")
+    parser.add_argument("--peer", metavar="NAME", help="compare with hf: BertForMaskedLM and AdamW, of mlm-jax[peers]")
+
+
+def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.config import load_config
+
+    for name in ("batch_size", "seq_len"):
+        if getattr(options, name) is not None:
+            overrides = [*overrides, f"stages[{options.stage}].{name}={getattr(options, name)}"]
+    cfg = load_config(options.config, overrides)  # before JAX is imported: a mistake is told at once
+    from mlm_jax.bench import run_bench
+    from mlm_jax.bench.table import format_table
+
+    with _device_errors():
+        result = run_bench(
+            cfg,
+            stage_index=options.stage,
+            steps=options.steps,
+            rounds=options.rounds,
+            peer=options.peer,
+            data_dir=options.data,
+        )
+    print(format_table(result))
+    return result
+
+
 @contextlib.contextmanager
 def _device_errors() -> Any:
     """Tells a device's lack of memory in one message; any other error of the runtime stays a traceback."""
@@ -259,5 +308,6 @@ VERBS: dict[str, tuple[str, Declare, Run]] = {
     "evaluate": ("held-out loss, perplexity and accuracy beside the unigram baseline", _declare_evaluate, _evaluate),
     "fill-mask": ("the most probable tokens at each [MASK]", _declare_fill_mask, _fill_mask),
     "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
+    "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),
     "report": ("one HTML page of one or more runs", _declare_report, _report),
 }

@@ -46,9 +46,7 @@ def train_flops_per_token(cfg: ModelConfig, mean_segment_len: float, predicted_f
 def device_peak_flops(device: jax.Device) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or None for a CPU or a kind that is not in the table."""
     kind = device.device_kind
-    if (
-        device.platform == "cpu" or "MIG" in kind
-    ):  # a slice of a GPU has a share of the peak that its name does not tell
+    if device.platform == "cpu" or "MIG" in kind:  # a slice of a GPU has a share of the peak that its name does not tell
         return None
     return next((peak for part, peak in PEAK_FLOPS if part in kind), None)
 

@@ -126,21 +126,20 @@ def read_pairs(pattern: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def _pairs_of(file: str) -> Iterator[tuple[str, str]]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8")
-    found = False
-    with opened as lines:
-        try:
-            for number, line in enumerate(lines, 1):
+    number = 0
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
                 if line.strip():
                     record = json.loads(line)
                     yield record["sentence_good"], record["sentence_bad"]
-                    found = True
-        except KeyError as error:
-            raise UserError(f"{file}:{number}: no field {error}; each line needs sentence_good and sentence_bad") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, TypeError) as error:
-            raise UserError(f"{file} is not JSONL in UTF-8: {error}") from error
-    if not found:
-        raise UserError(f"{file} holds no pairs")
+    except KeyError as error:
+        raise UserError(f"{file}:{number}: no field {error}; each line needs sentence_good and sentence_bad") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, TypeError) as error:
+        raise UserError(f"{file}:{number}: not JSONL in UTF-8: {error}") from error
+    if not number:
+        raise UserError(f"{file} is empty")
 
 
 def pair_accuracy(scorer: PseudoLikelihood, pairs: Sequence[tuple[str, str]], **options: Any) -> float:

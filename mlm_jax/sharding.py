@@ -1,7 +1,7 @@
 """The device mesh and one named PartitionSpec for every weight and activation of the encoder.
 
 Axes: `data` replicates parameters, `fsdp` shards them, `tensor` splits heads, mlp and vocabulary. Rows of a batch are
-spread over data × fsdp. Every axis is Explicit: an array's type carries its sharding, and an ambiguous operation is an error.
+spread over data × fsdp. Every axis is Explicit: an array's type carries its sharding, and ambiguity is an error.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
-from mlm_jax.config import ShardingConfig, StageConfig
+from mlm_jax.config import ModelConfig, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -23,8 +23,8 @@ class Sharding:
     # Activations.
     tokens_BL: jax.P = jax.P(ROWS, None)
     hidden_BLD: jax.P = jax.P(ROWS, None, None)
+    heads_BLHK: jax.P = jax.P(ROWS, None, "tensor", None)
     heads_BHLK: jax.P = jax.P(ROWS, "tensor", None, None)
-    scores_BHLM: jax.P = jax.P(ROWS, "tensor", None, None)
     mlp_BLF: jax.P = jax.P(ROWS, None, "tensor")
     logits_BPV: jax.P = jax.P(ROWS, None, "tensor")
     # Weights. A stacked layer's leading axis N is never sharded and is added by the stacking.
@@ -65,6 +65,13 @@ def make_mesh(cfg: ShardingConfig, devices: Sequence[jax.Device] | None = None) 
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
+def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a model whose width the mesh's fsdp axis, possibly the devices that were left, does not divide."""
+    ways = mesh.shape["fsdp"]
+    if model.embed_dim % ways:
+        raise UserError(f"model.embed_dim={model.embed_dim} cannot be divided over fsdp={ways} devices; set sharding.fsdp")
+
+
 def check_batch(stage: StageConfig, mesh: jax.sharding.Mesh, where: str) -> None:
     """Refuses a global batch whose micro-batches the mesh cannot spread evenly."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -78,5 +85,5 @@ def check_batch(stage: StageConfig, mesh: jax.sharding.Mesh, where: str) -> None
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices hold, ascending."""
-    indices = jax.NamedSharding(mesh, jax.P(ROWS)).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (rows,) in indices.values() for row in range(*rows.indices(batch_size))})
+    slices = jax.NamedSharding(mesh, jax.P(ROWS)).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in slices if index is not None for row in range(*index[0].indices(batch_size))})

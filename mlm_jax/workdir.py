@@ -1,6 +1,6 @@
 """A run's directory: its config, tokenizer, frozen validation rows and lock. Host code; nothing here knows the model.
 
-    config.json  checkpoints/  metrics.jsonl  tensorboard/  tokenizer/  unigrams.npy  validation_seq128.npz  [data/]
+config.json  checkpoints/  metrics.jsonl  tensorboard/  tokenizer/  unigrams.npy  validation_seq128.npz  [data/]
 """
 
 import contextlib

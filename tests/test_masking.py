@@ -280,9 +280,7 @@ def test_words_with_one_token_each_make_the_token_policy():
 )
 def test_a_vocabulary_that_cannot_work_is_refused(size, message):
     with pytest.raises(ValueError, match=message):
-        masking.VocabTables.from_arrays(
-            mask_id=4, special_ids=np.arange(5), word_starts=np.ones(size, bool), vocab_size=64
-        )
+        masking.VocabTables.from_arrays(mask_id=4, special_ids=np.arange(5), word_starts=np.ones(size, bool), vocab_size=64)
 
 
 @pytest.mark.parametrize("policy", ["token", "whole_word"])

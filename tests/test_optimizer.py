@@ -105,9 +105,7 @@ def test_corrected_adamw_is_optax_adamw():
     for grads in gradients:
         updates, state = reference.update(grads, state, expected)
         expected = optax.apply_updates(expected, updates)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(cfg, params, gradients), expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(cfg, params, gradients), expected)
 
 
 def test_norms_and_biases_never_decay():

@@ -41,6 +41,13 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: pathlib.Path) -> None
     assert time.monotonic() - start < 20
 
 
+def test_what_tokenises_imports_nothing_heavy() -> None:
+    heavy = {"jax", "grain", "tensorflow_datasets", "pyarrow", "rich"}
+    code = f"import sys, mlm_jax.data.units, mlm_jax.data.pool; sys.exit(str({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"
+
+
 def test_a_killed_worker_is_a_fault_of_the_machine() -> None:
     with pytest.raises(MachineError, match="a worker process was killed"), pool.started(1) as executor:
         executor.submit(os._exit, 1).result()

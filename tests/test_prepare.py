@@ -12,18 +12,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from mlm_jax.config import Config, DataConfig, ModelConfig, StageConfig, TokenizerConfig, to_dict
-from mlm_jax.data import atomic, encode, pool, shards, sources, units
+from mlm_jax.data import atomic, encode, units
 from mlm_jax.data import prepare as prepare_module
 from mlm_jax.data.loader import Rows
 from mlm_jax.data.prepare import open_corpus, prepare
-from mlm_jax.errors import MachineError, UserError
+from mlm_jax.errors import UserError
 
 SMALL_UNIT, SMALL_BUCKET = 12_000, 8_000  # so that a test's corpus has many of both
 
@@ -133,9 +132,9 @@ def test_manifest_counts_what_is_there(made: tuple[Config, pathlib.Path]) -> Non
             segments = _segments(made[1], seq_len, split)
             assert counts["rows"] == len(Rows(made[1], seq_len, split))
             assert counts["segments"] == len(segments)
-            assert counts["tokens"] == sum(map(len, segments))
-            assert counts["tokens"] - 2 * counts["segments"] == manifest["tokens"][split]
-            assert counts["fill_rate"] == counts["tokens"] / (counts["rows"] * seq_len) > 0.9
+            assert counts["tokens_and_specials"] == sum(map(len, segments))
+            assert counts["tokens_and_specials"] - 2 * counts["segments"] == manifest["tokens"][split]
+            assert counts["fill_rate"] == counts["tokens_and_specials"] / (counts["rows"] * seq_len) > 0.9
     assert len(list((made[1] / "seq32").glob("*-train.array_record-*"))) > 2, "one shard only: buckets are not tested"
 
 
@@ -161,59 +160,11 @@ def test_rows_are_a_tfds_dataset_of_two_bytes_a_token(made: tuple[Config, pathli
     assert "tensorflow" not in sys.modules
 
 
-def test_ids_beyond_two_bytes_are_stored_whole(tmp_path: pathlib.Path, made: tuple[Config, pathlib.Path]) -> None:
-    summary = units.encode_unit([b"abc def", b"ghi"], tmp_path / "unit-000000-0", str(made[1] / "tokenizer"))
-    row_format = shards.RowFormat((16,), 4, True, vocab_size=70_000, pad_id=0, cls_id=69_998, sep_id=69_999)
-    bucket = shards.Bucket("train", 0, 0, 2**64)
-    summary_of_rows = shards.pack_bucket(bucket, row_format, [tmp_path / "unit-000000-0"], tmp_path)
-    shards.publish([summary_of_rows], row_format, 16, tmp_path, tmp_path / "seq16")
-    tokens = Rows(tmp_path, 16).read([0])["tokens"][0]
-    assert tokens[0] == 69_998
-    assert (tokens == 69_999).sum() == 2
-    assert (tokens != 0).sum() == summary.tokens + 4
-
-
 def test_repeated_documents_stay_when_they_are_wanted(tmp_path: pathlib.Path) -> None:
     cfg = _config(_write(tmp_path / "texts.jsonl", _texts(60)), deduplicate=False)
     manifest = prepare(cfg, tmp_path / "corpus", workers=1).manifest
     assert manifest["documents"]["duplicates"] == 0
     assert manifest["documents"]["train"] + manifest["documents"]["validation"] == 65
-
-
-# --- the tokenizer's sample -------------------------------------------------------------------------------------------
-
-
-def _sampled(texts: list[str], sample_bytes: int, held_out_below: int) -> list[bytes]:
-    source = sources.Source("test", lambda: iter(texts), None, "test")
-    return encode.sample(source, sample_bytes, held_out_below)[0]
-
-
-@pytest.mark.parametrize("sample_bytes", [1, 5_000, 40_000, 10**9])
-def test_sample_is_the_largest_hashes_in_any_order_of_reading(sample_bytes: int) -> None:
-    below = 2**61
-    by_hash = sorted((units.document_hash(text.encode()), text.encode()) for text in set(_texts()))
-    expected: list[bytes] = []
-    for document_hash, text in reversed(by_hash):
-        if sum(map(len, expected)) < sample_bytes and int.from_bytes(document_hash[:8]) >= below:
-            expected.insert(0, text)
-    assert _sampled(_texts(), sample_bytes, below) == expected
-    assert _sampled(_texts()[::-1], sample_bytes, below) == expected
-
-
-@pytest.mark.parametrize("limit, passes", [(10**6, 1), (1_000, 3)])
-def test_a_small_source_is_read_once(limit: int, passes: int) -> None:
-    opened = 0
-
-    def documents() -> Iterator[str]:
-        nonlocal opened
-        opened += 1
-        yield from _texts()
-
-    remembering = encode.remembering(sources.Source("test", documents, None, "test"), limit)
-    next(remembering.documents())  # a pass that is broken off is not taken for the whole
-    opened = 0
-    assert [list(remembering.documents()) for _ in range(3)] == [_texts()] * 3
-    assert opened == passes
 
 
 # --- the same whatever happens ----------------------------------------------------------------------------------------
@@ -273,9 +224,7 @@ def test_killed_at_every_stage_and_started_again_it_ends_with_the_same_bytes(
     assert _content(out) == _content(made[1])
 
 
-def test_a_full_disk_is_one_message_and_nothing_is_lost(
-    made: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
-) -> None:
+def test_a_full_disk_is_one_message_and_nothing_is_lost(made: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
     out = tmp_path / "corpus"
     for limit in (1_000, 20_000, 70_000):  # in the first text file, in a unit, in a shard
         process = _start(made[0], out, str(limit))
@@ -326,6 +275,18 @@ def test_other_settings_in_a_directory_are_named(
         open_corpus(made[1], dataclasses.replace(made[0], **sections))
 
 
+def test_a_mistake_at_the_beginning_can_be_corrected_in_the_same_directory(tmp_path: pathlib.Path) -> None:
+    cfg = _config(_write(tmp_path / "texts.jsonl", _texts(60)))
+    with pytest.raises(UserError, match="no file matches"):
+        prepare(_config(tmp_path / "text.jsonl"), tmp_path / "corpus", workers=1)
+    too_many = dataclasses.replace(cfg, tokenizer=TokenizerConfig(vocab_size=5000))
+    with pytest.raises(UserError, match="vocab_size=5000 cannot be trained"):
+        prepare(too_many, tmp_path / "corpus", workers=1)
+    (tmp_path / "corpus" / "building" / "left by a killed worker.tmp").touch()
+    assert prepare(cfg, tmp_path / "corpus", workers=1).manifest["source"]["documents"] == 65
+    assert not (tmp_path / "corpus" / "building").exists()
+
+
 def test_fewer_row_lengths_may_be_used(made: tuple[Config, pathlib.Path]) -> None:
     fewer = dataclasses.replace(made[0], stages=(StageConfig(seq_len=64),))
     assert prepare(fewer, made[1]).path == made[1]
@@ -338,26 +299,8 @@ def test_other_settings_in_an_unfinished_directory_are_named(tmp_path: pathlib.P
             prepare(cfg, tmp_path / "corpus", workers=1)
     with pytest.raises(UserError, match=r"data.max_segments=16, and the config has 3"):
         prepare(_config(tmp_path / "texts.jsonl", max_segments=3), tmp_path / "corpus", workers=1)
-
-
-def test_a_source_that_changes_between_runs_is_noticed(
-    made: tuple[Config, pathlib.Path], tmp_path: pathlib.Path
-) -> None:
-    texts = _texts()
-
-    def run(texts: list[str], expected: encode.Totals | None = None) -> encode.Totals:
-        source = sources.Source("test", lambda: iter(texts), None, "test")
-        with pool.started(1) as executor:
-            return encode.encode(source, tmp_path, made[1] / "tokenizer", executor, 1, expected)[2]
-
-    totals = run(texts)
-    assert run(texts, totals) == totals
-    with pytest.raises(UserError, match="documents have changed"):  # in a unit that is on disk
-        run(["another beginning", *texts[1:]])
-    with pytest.raises(UserError, match="documents have changed"):  # by units that are no longer there
-        run(texts[:200])
-    with pytest.raises(UserError, match="documents have changed"):  # beyond the units on disk
-        run([*texts, *texts], totals)
+    with pytest.raises(UserError, match=r"seq_len=\[32, 64\], and the config has \[32\]"):
+        prepare(_config(tmp_path / "texts.jsonl", (32,)), tmp_path / "corpus", workers=1)
 
 
 def test_one_directory_is_prepared_by_one_process(made: tuple[Config, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -399,12 +342,3 @@ def test_a_vocabulary_beyond_the_model_is_refused(made: tuple[Config, pathlib.Pa
     small = dataclasses.replace(made[0], model=ModelConfig(vocab_size=256))
     with pytest.raises(UserError, match=r"420 ids and model.vocab_size=256: raise the model's to 512"):
         open_corpus(made[1], small)
-
-
-def test_a_damaged_unit_is_reported(tmp_path: pathlib.Path, made: tuple[Config, pathlib.Path]) -> None:
-    path = tmp_path / "unit-000000-0"
-    units.encode_unit([b"some text", b"and more"], path, str(made[1] / "tokenizer"))
-    assert units.summarise(path).documents == 2
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(MachineError, match="damaged"):
-        units.summarise(path)

@@ -9,15 +9,19 @@ import json
 import pathlib
 import pickle
 import pydoc_data.topics
+import re
 import sys
 import sysconfig
 import tracemalloc
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mlm_jax.data import text_files
 from mlm_jax.data.sources import open_source
@@ -55,6 +59,31 @@ def test_a_double_star_crosses_folders(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "deep" / "er" / "x.txt").write_text("found")
     assert _documents("files:**/*.txt") == ["found"]
+
+
+class _Bucket(MemoryFileSystem):
+    """Stands for a cloud's storage: the same client interface, kept in memory."""
+
+    protocol = ("gs", "gcs")
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(re.sub("^gc?s://", "memory://", path))
+
+
+def test_a_bucket_is_read_like_a_folder():
+    for name in _Bucket.protocol:
+        fsspec.register_implementation(name, _Bucket, clobber=True)
+    folder = epath.Path("gs://bucket/folder")
+    folder.mkdir(parents=True)
+    (folder / "b.txt").write_text("two")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(_jsonl({"text": "one"})))
+    assert _documents("files:gs://bucket/*/*") == ["one", "two"]
+    assert _documents("files:gs://bucket/folder/b.txt") == ["two"]
+    with pytest.raises(UserError, match=r"no file matches gs://bucket/folder/\*\.parquet$"):
+        open_source("files:gs://bucket/folder/*.parquet")
+    with pytest.raises(UserError, match="Recursive"):
+        open_source("files:gs://bucket/**/*.txt")
 
 
 RULES = {
@@ -197,7 +226,7 @@ def test_parquet_whose_text_is_not_utf8(folder):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("files:none*.txt", r"no file matches none\*\.txt"),
+        ("files:none*.txt", r"no file matches none\*\.txt \(looked from "),
         ("files:*.md", r"x\.md is none of \.txt, \.jsonl, \.parquet"),
         ("files:x.txt?documents=page", "documents=page is none of file, blank_line, line"),
         ("files:x.txt?document=line", r"no option 'document' here.*did you mean 'documents'\?"),
@@ -239,6 +268,7 @@ def test_a_document_too_large_for_memory_is_refused(folder, monkeypatch, rule):
         ("x.jsonl.gz", gzip.compress(b"\n" * 100_000)[:-4] + b"\1\1\1\1"),
         ("x.parquet", b"PAR1 is how it begins, and then nothing"),
     ],
+    ids=["cut off", "not gzip", "wrong length", "not parquet"],
 )
 def test_a_damaged_file_is_a_fault_of_the_machine(folder, name, content):
     (folder / name).write_bytes(content)
@@ -297,11 +327,14 @@ def test_docstrings_come_by_path_and_line_without_tests_and_packages(folder, mon
         "    async def other(self):\n"
         '        """Too short."""\n'
         "raise SystemExit('the module was run')\n"
+        "def last():\n"
+        '    """A function that follows the class, and so its methods."""\n'
     )
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
     topics = len(pydoc_data.topics.topics)
     assert _documents("builtin:python_docs")[topics:] == [
         "Does what a method does in a few words.\n\nFirst:\n    \\d once.",
+        "A function that follows the class, and so its methods.",
         prose.format("a/c.py"),
         prose.format("a/z.py"),
     ]

@@ -127,9 +127,7 @@ def test_numbers_that_json_cannot_say_become_null_and_numpy_scalars_numbers(tmp_
         np.int32(1), "train", {"loss": float("nan"), "grad_norm": np.float32("inf"), "skipped": np.int64(3), "mfu": 0.5}
     )
     writer.close()
-    assert lines(tmp_path) == [
-        '{"step": 1, "kind": "train", "loss": null, "grad_norm": null, "skipped": 3, "mfu": 0.5}'
-    ]
+    assert lines(tmp_path) == ['{"step": 1, "kind": "train", "loss": null, "grad_norm": null, "skipped": 3, "mfu": 0.5}']
 
 
 def test_tensorboard_gets_the_scalars_and_forgets_what_a_killed_process_wrote_later(tmp_path):

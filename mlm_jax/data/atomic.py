@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from mlm_jax.errors import MachineError, UserError
 
 LOCK_NAME = "prepare.lock"
+TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
@@ -25,15 +26,20 @@ def telling_faults(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path beside `final`; what the block made there takes `final`'s name when the block succeeds.
+def replacing(final: pathlib.Path, scratch: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """Gives a temporary path; what the block made there takes `final`'s name when the block succeeds.
 
     The content is on the disk before it gets its name, so a power cut does not leave a whole-looking empty file either.
+
+    Args:
+        final: the file's name.
+        scratch: a folder on the same disk for the temporary file, which a killed process leaves there; if None, the
+            folder of `final`.
 
     Raises:
         MachineError: the disk is full, or `final` cannot be written for another reason.
     """
-    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    temporary = (scratch or final.parent) / f"{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
         with telling_faults(final):
             yield temporary
@@ -65,9 +71,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     try:
         descriptor = _lock(path)
     except BlockingIOError:
-        raise UserError(
-            f"another process is preparing {directory}; wait until it ends, or give another directory"
-        ) from None
+        raise UserError(f"another process is preparing {directory}; wait until it ends, or give another directory") from None
     except OSError as error:
         raise MachineError(f"cannot lock {path}: {error.strerror}") from error
     try:
@@ -82,8 +86,9 @@ def _lock(path: pathlib.Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
         except BaseException:
             os.close(descriptor)
             raise

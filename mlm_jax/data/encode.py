@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 from mlm_jax.config import TokenizerConfig
-from mlm_jax.data import pool, progress, units
+from mlm_jax.data import atomic, pool, progress, units
 from mlm_jax.data.sources import Source
 from mlm_jax.data.tokenizer import train_tokenizer
 from mlm_jax.errors import UserError
@@ -129,7 +129,9 @@ def encode(
     """
     counter = _Counter()
     paths: list[pathlib.Path] = []
-    on_disk = {int(path.name.split("-")[1]): path for path in building.glob("unit-*") if path.suffix != ".tmp"}
+    on_disk = {
+        int(path.name.split("-")[1]): path for path in building.glob("unit-*") if path.suffix != atomic.TEMPORARY_SUFFIX
+    }
     summaries: list[units.UnitSummary] = []
 
     def calls() -> Iterator[Callable[[], units.UnitSummary]]:

@@ -90,7 +90,7 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
     begun = building / "identity.json"
     if ready.exists():
         check_identity(directory, json.loads(ready.read_bytes())["identity"], wanted, whole=False)
-    elif begun.exists():
+    elif begun.exists() and (directory / TOKENIZER).exists():
         check_identity(directory, json.loads(begun.read_bytes()), wanted, whole=False)
         _log.info("continuing the unfinished corpus in %s", directory)
     else:
@@ -98,8 +98,11 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
         others = sorted(path.name for path in directory.iterdir() if path.name not in known)
         if others:
             raise UserError(f"{directory} holds {others[0]!r} and no corpus: give a new or empty directory")
+        shutil.rmtree(building, ignore_errors=True)  # nothing is finished: the settings may still be corrected
     with atomic.telling_faults(building):
         building.mkdir(exist_ok=True)
+        for left_by_a_killed_process in building.glob(f"*{atomic.TEMPORARY_SUFFIX}"):
+            left_by_a_killed_process.unlink()
     if not begun.exists():
         with atomic.replacing(begun) as temporary:
             temporary.write_text(json.dumps(wanted))
@@ -136,7 +139,7 @@ def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers
     _write_unigrams(summaries, building, directory / UNIGRAMS)
     blank = sum(unit.blank for unit in found)
     manifest = _manifest(cfg, tokenizer, totals, blank, row_format, summaries)
-    with atomic.replacing(directory / _READY) as temporary:
+    with atomic.replacing(directory / _READY, building) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     _report(manifest)
 
@@ -155,7 +158,9 @@ def _make_tokenizer(
         partial = building / "tokenizer"
         shutil.rmtree(partial, ignore_errors=True)
         if cfg.tokenizer.algorithm == "pretrained":
-            load_tokenizer(cfg.tokenizer.path).save(partial)
+            pretrained = load_tokenizer(cfg.tokenizer.path)
+            check_vocabulary(pretrained, cfg)
+            pretrained.save(partial)
         else:
             sample_bytes = int(cfg.tokenizer.sample_megabytes * 1e6)
             texts, totals = encode.sample(source, sample_bytes, _held_out_below(cfg))
@@ -212,7 +217,7 @@ def _too_few_documents(cfg: Config) -> UserError:
 def _write_unigrams(summaries: Sequence[shards.BucketSummary], building: pathlib.Path, path: pathlib.Path) -> None:
     train = [summary.bucket for summary in summaries if summary.bucket.split == "train"]
     counts = sum(np.load(building / f"unigrams-{bucket.name}.npy") for bucket in train)
-    with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
+    with atomic.replacing(path, building) as temporary, open(temporary, "wb") as file:
         np.save(file, counts)
 
 
@@ -253,7 +258,7 @@ def _row_counts(summaries: Sequence[shards.BucketSummary], seq_len: int) -> dict
     return {
         "rows": rows,
         "segments": sum(count.segments for count in counts),
-        "tokens": slots,  # specials included
+        "tokens_and_specials": slots,
         "fill_rate": slots / (rows * seq_len),
     }
 

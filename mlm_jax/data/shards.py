@@ -35,9 +35,7 @@ class RowFormat:
     def features(self, seq_len: int) -> tfds.features.FeaturesDict:
         """Fixed-size raw bytes: two a token where the vocabulary allows, and decoded by one numpy call."""
         tokens = tfds.features.Tensor(shape=(seq_len,), dtype=units.smallest_dtype(self.vocab_size), encoding="bytes")
-        lengths = tfds.features.Tensor(
-            shape=(self.max_segments,), dtype=units.smallest_dtype(seq_len + 1), encoding="bytes"
-        )
+        lengths = tfds.features.Tensor(shape=(self.max_segments,), dtype=units.smallest_dtype(seq_len + 1), encoding="bytes")
         return tfds.features.FeaturesDict({"tokens": tokens, "segment_lengths": lengths})
 
 
@@ -59,10 +57,10 @@ class Bucket:
 class RowCounts:
     """Of one bucket at one row length."""
 
-    rows: int = 0
-    segments: int = 0
-    slots: int = 0  # positions that are not padding
-    num_bytes: int = 0  # of the serialised rows
+    rows: int
+    segments: int
+    slots: int  # positions that are not padding
+    num_bytes: int  # of the serialised rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _write_rows(
         try:
             writer.close()
         except RuntimeError as error:  # the writer's own kind of OSError, also for what went wrong in write()
-            raise MachineError(f"cannot write {path}: {error}; then start again, finished work is kept") from error
+            raise MachineError(f"cannot write {path}: {error}; start again, finished work is kept") from error
     return RowCounts(layout.num_rows, len(layout.lengths), layout.num_slots, num_bytes)
 
 

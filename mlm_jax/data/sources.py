@@ -126,7 +126,8 @@ def _open_files(uri: str, body: str) -> Source:
     pattern, options = _split_options(uri, body, ("field", "documents"))
     paths = tuple(text_files.expand(pattern))
     if not paths:
-        raise UserError(f"{uri}: no file matches {pattern} (looked from {os.getcwd()})")
+        where = "" if os.path.isabs(pattern) or "://" in pattern else f" (looked from {os.getcwd()})"
+        raise UserError(f"{uri}: no file matches {pattern}{where}")
     kinds = {text_files.kind(path) for path in paths}
     for path in paths:
         if text_files.kind(path) not in text_files.READERS:

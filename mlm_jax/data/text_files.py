@@ -31,7 +31,7 @@ _PARQUET_ROWS = 256  # taken from a file together
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a glob matches, sorted by name; `**` crosses folders, and buckets (`gs://…`) work too."""
+    """The files that a glob matches, sorted by name. `**` crosses local folders; buckets (`gs://…`) take `*` only."""
     if "://" not in pattern:
         return sorted(path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
     root = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.split("/")))
@@ -42,7 +42,7 @@ def expand(pattern: str) -> list[str]:
     except KeyError:
         scheme = pattern.partition("://")[0]
         raise UserError(f"{pattern}: no {scheme}:// here; there are local paths, gs://, s3:// and az://") from None
-    except ImportError as error:  # the bucket's own client
+    except (ImportError, NotImplementedError) as error:  # a bucket's client is not installed; `**` on a bucket
         raise UserError(f"{pattern}: {error}") from None
 
 
@@ -91,9 +91,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
     if isinstance(value, bytes):
         return _decode(value, where)
     if value is not None and not isinstance(value, str):
-        raise UserError(
-            f"{where}: field {field!r} holds {type(value).__name__}, not text (?field=NAME chooses another)"
-        )
+        raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text (?field=NAME chooses another)")
     return value or ""
 
 

@@ -13,8 +13,8 @@ import tokenizers
 
 from mlm_jax.errors import UserError
 
-# The names that special tokens go by: BERT's, XLNet's, RoBERTa's (whose <s> and </s> XLNet has as well, unused). The first
-# is the one that a new piece gets.
+# The names that special tokens go by: BERT's, XLNet's (which has <s> and </s> too, unused), RoBERTa's. The first is for
+# pieces that are added.
 SPECIAL_NAMES = {
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -35,7 +35,7 @@ class SentencePieceModel:
         special: the id of each role in `SPECIAL_NAMES`.
         silent_ids: ids that never stand for text, beside the special ones.
         lone_space_id: what a space becomes that is left alone before a mask; None where that does not happen.
-        cut: matches where a long text can be cut, before the match, so that the parts have the ids of the whole.
+        cut: matches, without width, where a long text can be cut and keeps its ids; None where there is no such place.
     """
 
     def __init__(self, blob: bytes):
@@ -57,7 +57,6 @@ class SentencePieceModel:
         self._model = model = _load_sentencepiece(blob)
         ids = range(len(self.pieces))
         self.silent_ids = {i for i in ids if model.is_control(i) or model.is_unused(i) or model.is_unknown(i)}
-        self._byte_ids = {i for i in ids if model.is_byte(i)}
         self.lone_space_id: int | None = model.piece_to_id(_SPACE)
         self.cut = self._find_cut()
 
@@ -69,7 +68,7 @@ class SentencePieceModel:
         spans_words = any(_SPACE in piece.lstrip(_SPACE) for piece in self.pieces)
         if spans_words or not normalize("a") == normalize(" a") == _SPACE + "a":
             return None
-        return re.compile(r"(?<=\w)[ \n](?=\w)" if normalize("a\na") == normalize("a a") else r"(?<=\w) (?=\w)")
+        return re.compile(r"(?<=\S)(?=[ \n]\w)" if normalize("a\na") == normalize("a a") else r"(?<=\S)(?= \w)")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, out_type=int)
@@ -82,8 +81,8 @@ class SentencePieceModel:
         return self.pieces[index].startswith(_SPACE)
 
     def text(self, index: int) -> str:
-        """The piece without its marks; empty for a part of a character."""
-        return "" if index in self._byte_ids else self.pieces[index].lstrip(_SPACE)
+        """The piece without its marks."""
+        return self.pieces[index].lstrip(_SPACE)
 
 
 def _load_sentencepiece(blob: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -137,14 +136,14 @@ class TokenizersModel:
     Attributes: as in `SentencePieceModel`.
     """
 
-    cut: re.Pattern[str] | None = re.compile(r"(?<=\w)[ \n](?=\w)")
-
     def __init__(self, blob: bytes):
         self.blob = blob
         try:
             spec = json.loads(blob)
             self._continuation = _continuation_mark(spec)
             self._prefix_space = _switch_off_prefix_space(spec)
+            # Line ends may belong to the piece before them, spaces to the one behind.
+            self.cut = re.compile(r"(?<=\S)(?= \w)" if self._prefix_space else r"(?<=\S)(?= \w)|(?<=\S\n)(?=\w)")
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except UserError:
             raise
@@ -157,9 +156,7 @@ class TokenizersModel:
         self.pieces = [piece_of.get(index, "") for index in range(max(piece_of) + 1)]
         self.silent_ids = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.silent_ids |= {index for index in range(len(self.pieces)) if index not in piece_of}
-        self.lone_space_id = (
-            None if self._continuation is not None else self._tokenizer.token_to_id(_CHAR_OF_BYTE[0x20])
-        )
+        self.lone_space_id = None if self._continuation is not None else self._tokenizer.token_to_id(_CHAR_OF_BYTE[0x20])
 
     def encode(self, text: str) -> list[int]:
         if self._prefix_space and not text.startswith(" "):

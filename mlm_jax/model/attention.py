@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biases; projections go straight into [B, H, L, K]."""
+    """Multi-head self-attention with biases.
+
+    For a kernel the projections go straight into its [B, H, L, K] layout. For XLA's own attention they are plain matrix
+    products with heads and head dimension as one: XLA:CPU otherwise transposes every weight before it multiplies.
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         init, zeros = weight_init(cfg), jax.nn.initializers.zeros
@@ -39,13 +43,20 @@ class Attention(nnx.Module):
     def __call__(
         self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None, implementation: str
     ) -> jax.Array:
-        def project(kernel_DHK: jax.Array, bias_HK: jax.Array) -> jax.Array:
-            heads_BHLK = jnp.einsum("BLD,DHK->BHLK", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
-            return heads_BHLK + bias_HK[None, :, None]
+        def project(kernel: nnx.Param[jax.Array], bias: nnx.Param[jax.Array]) -> jax.Array:
+            kernel_DHK, bias_HK = kernel[...], bias[...]
+            if implementation != "xla":
+                heads_BHLK = jnp.einsum("BLD,DHK->BHLK", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
+                return heads_BHLK + bias_HK[None, :, None]
+            flat_DF = jnp.reshape(kernel_DHK, (kernel_DHK.shape[0], -1), out_sharding=SHARDING.up_DF)
+            flat_F = jnp.reshape(bias_HK, (-1,), out_sharding=SHARDING.up_bias_F)
+            flat_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, flat_DF, out_sharding=SHARDING.mlp_BLF) + flat_F[None, None]
+            shape_BLHK = (*hidden_BLD.shape[:2], *bias_HK.shape)
+            return jnp.reshape(flat_BLF, shape_BLHK, out_sharding=SHARDING.heads_BLHK).swapaxes(1, 2)
 
-        query_BHLK = project(self.query_DHK[...], self.query_bias_HK[...])
-        key_BHLK = project(self.key_DHK[...], self.key_bias_HK[...])
-        value_BHLK = project(self.value_DHK[...], self.value_bias_HK[...])
+        query_BHLK = project(self.query_DHK, self.query_bias_HK)
+        key_BHLK = project(self.key_DHK, self.key_bias_HK)
+        value_BHLK = project(self.value_DHK, self.value_bias_HK)
         mixed_BHLK = attend(
             query_BHLK,
             key_BHLK,
@@ -55,7 +66,14 @@ class Attention(nnx.Module):
             dropout_rate=self.cfg.attention_dropout,
             dropout_key=key,
         )
-        out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, self.output_HKD[...], out_sharding=SHARDING.hidden_BLD)
+        output_HKD = self.output_HKD[...]
+        if implementation != "xla":
+            out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
+        else:
+            flat_FD = jnp.reshape(output_HKD, (-1, output_HKD.shape[-1]), out_sharding=SHARDING.down_FD)
+            shape_BLF = (*hidden_BLD.shape[:2], flat_FD.shape[0])
+            flat_BLF = jnp.reshape(mixed_BHLK.swapaxes(1, 2), shape_BLF, out_sharding=SHARDING.mlp_BLF)
+            out_BLD = jnp.einsum("BLF,FD->BLD", flat_BLF, flat_FD, out_sharding=SHARDING.hidden_BLD)
         return out_BLD + self.output_bias_D[...][None, None]
 
 
@@ -99,7 +117,10 @@ def choose_implementation(requested: str, cfg: ModelConfig, length: int, platfor
         "cudnn": [
             (platform in ("gpu", "cuda"), "it is a GPU kernel"),
             (dtype in (jnp.bfloat16, jnp.float16), f"it does not take {jnp.dtype(dtype).name}"),
-            (cfg.head_dim % 8 == 0 and cfg.head_dim <= 128, f"head dimension {cfg.head_dim} is no multiple of 8 up to 128"),
+            (
+                cfg.head_dim % 8 == 0 and cfg.head_dim <= 128,
+                f"head dimension {cfg.head_dim} is no multiple of 8 up to 128",
+            ),
             (cfg.attention_dropout == 0, "it has no attention dropout here"),
         ],
         "xla": [],
@@ -123,15 +144,17 @@ def _xla(
 ) -> jax.Array:
     scale = query_BHLK.shape[-1] ** -0.5
     scores_BHLM = jnp.einsum("BHLK,BHMK->BHLM", query_BHLK * scale, key_BHMK, preferred_element_type=jnp.float32)
-    same_B1LM = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
-    probabilities_BHLM = jax.nn.softmax(jnp.where(same_B1LM, scores_BHLM, -1e30), axis=-1).astype(value_BHMK.dtype)
-    probabilities_BHLM = dropout(probabilities_BHLM, dropout_rate, dropout_key)
-    return jnp.einsum("BHLM,BHMK->BHLK", probabilities_BHLM, value_BHMK)
+    same_BLM = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
+    scores_BHLM += jnp.where(same_BLM, 0.0, -1e30)[:, None]
+    # Normalised after the values are mixed: K numbers a query are divided instead of L.
+    weights_BHLM = jnp.exp(scores_BHLM - jax.lax.stop_gradient(scores_BHLM.max(-1, keepdims=True)))
+    total_BHL1 = weights_BHLM.sum(-1, keepdims=True)
+    weights_BHLM = dropout(weights_BHLM.astype(value_BHMK.dtype), dropout_rate, dropout_key)
+    mixed_BHLK = jnp.einsum("BHLM,BHMK->BHLK", weights_BHLM, value_BHMK, preferred_element_type=jnp.float32)
+    return (mixed_BHLK / total_BHL1).astype(value_BHMK.dtype)
 
 
-def _cudnn(
-    query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array
-) -> jax.Array:
+def _cudnn(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
     # The public interface takes packing as a boolean mask only; the packed form is private to jax.
     same_B1LM = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
     query_BLHK, key_BMHK, value_BMHK = (x.swapaxes(1, 2) for x in (query_BHLK, key_BHMK, value_BHMK))
@@ -139,14 +162,12 @@ def _cudnn(
     return mixed_BLHK.swapaxes(1, 2)
 
 
-def _splash(
-    query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array
-) -> jax.Array:
+def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
     # Imported here because Pallas for TPU is of no use, and slow to import, elsewhere.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    num_heads, length, head_dim = query_BHLK.shape[1:]
+    length, head_dim = query_BHLK.shape[2:]
 
     def rows(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segments_BL: jax.Array) -> jax.Array:
         full = masks.MultiHeadMask([masks.FullMask((length, length))] * query_BHLK.shape[1])

@@ -102,9 +102,7 @@ class Encoder(nnx.Module):
             [B, L, D] in the compute dtype. Padding positions hold finite values of no meaning.
         """
         cfg, compute = self.cfg, self.compute
-        implementation = choose_implementation(
-            compute.attention, cfg, tokens_BL.shape[1], compute.platform, compute.dtype
-        )
+        implementation = choose_implementation(compute.attention, cfg, tokens_BL.shape[1], compute.platform, compute.dtype)
         keys = None if key is None else jax.random.split(key, cfg.num_layers + 1)
         hidden_BLD = self.embeddings(
             tokens_BL,

@@ -17,9 +17,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(
-    rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], spec: jax.P
-) -> nnx.Param[jax.Array]:
+def parameter(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, ...], spec: jax.P) -> nnx.Param[jax.Array]:
     """A float32 parameter, created directly in its sharding."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=spec)
 

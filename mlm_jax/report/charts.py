@@ -133,9 +133,7 @@ def _for_page(svg: str, label: str) -> str:
     """Matplotlib's file as an element of a page: no prolog, no metadata, no size or colours of its own."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg role="img" aria-label="{label}" viewBox="\1">', svg, count=1
-    )
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg role="img" aria-label="{label}" viewBox="\1">', svg, count=1)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     return svg

@@ -13,9 +13,7 @@ from mlm_jax.config import to_dict
 from mlm_jax.report.charts import Curve, chart
 from mlm_jax.report.runs import Record, Run
 
-_SAYS_WORD_START = (
-    "\N{LOWER ONE EIGHTH BLOCK}\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # SentencePiece, byte-level BPE
-)
+_SAYS_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # SentencePiece, byte-level BPE
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -163,9 +161,7 @@ def _legend(runs: Sequence[Run], boundaries: Sequence[int]) -> str:
 
 
 def _probes(runs: Sequence[Run]) -> str:
-    texts = list(
-        dict.fromkeys(probe["text"] for run in runs for record in run.evals for probe in record.get("probes", ()))
-    )
+    texts = list(dict.fromkeys(probe["text"] for run in runs for record in run.evals for probe in record.get("probes", ())))
     if not texts:
         return ""
     cards = "".join(_probe(text, runs) for text in texts)
@@ -249,9 +245,7 @@ def _differences(runs: Sequence[Run], flat: Sequence[dict[str, str]], paths: Seq
         values = [fields.get(path, "–") for fields in flat]
         cells = "".join(f"<td{' class=changed' if value != values[0] else ''}>{_text(value)}</td>" for value in values)
         rows += f"<tr><td>{path}</td>{cells}</tr>"
-    return (
-        f'<table class="differences"><thead><tr><th>what differs</th>{names}</tr></thead><tbody>{rows}</tbody></table>'
-    )
+    return f'<table class="differences"><thead><tr><th>what differs</th>{names}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def _config_section(section: str, fields: Sequence[tuple[str, str]]) -> str:

@@ -119,9 +119,7 @@ def load_params(workdir: Workdir, abstract_params: Any) -> tuple[Any, int]:
         try:
             return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
         except Exception as error:
-            raise MachineError(
-                f"checkpoint {latest.step} of {workdir.path} cannot be read: {_first_line(error)}"
-            ) from error
+            raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {_first_line(error)}") from error
 
 
 def _split(state: TrainState) -> dict[str, Any]:

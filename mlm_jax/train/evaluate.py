@@ -20,9 +20,7 @@ def make_eval_step(cfg: Config, objective: MaskedLM) -> EvalStep:
     """The jitted evaluation of one batch: (params, batch, vocab, log_unigram_V) -> sums."""
 
     @jax.jit
-    def eval_step(
-        params: Any, batch: dict[str, jax.Array], vocab: VocabTables, log_unigram_V: jax.Array
-    ) -> dict[str, Term]:
+    def eval_step(params: Any, batch: dict[str, jax.Array], vocab: VocabTables, log_unigram_V: jax.Array) -> dict[str, Term]:
         keys = Keys(jax.random.key(cfg.evaluation.seed), None)
         return objective.evaluate(params, batch, keys, vocab, log_unigram_V)
 

@@ -12,24 +12,23 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus
 from mlm_jax.data.loader import Rows, batches
 from mlm_jax.data.prepare import prepare
-from mlm_jax.errors import MachineError, UserError
+from mlm_jax.errors import MachineError
 from mlm_jax.fill_mask import Filler
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives.mlm import MaskedLM
-from mlm_jax.sharding import ROWS, check_batch, local_rows, make_mesh
+from mlm_jax.sharding import ROWS, check_batch, check_model, local_rows, make_mesh
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import evaluate, make_eval_step
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
-from mlm_jax.train.step import TrainStep, make_train_step
+from mlm_jax.train.step import make_train_step
 from mlm_jax.train.writer import MetricWriter, Progress
 from mlm_jax.workdir import Workdir
 
@@ -72,17 +71,13 @@ def train(
         Stop: SIGTERM or SIGINT arrived; the state was saved first.
     """
     mesh = make_mesh(cfg.sharding)
+    check_model(cfg.model, mesh)
     for index, stage in enumerate(cfg.stages):
         check_batch(stage, mesh, f"stages[{index}]")
     workdir = Workdir(workdir_path)
     with workdir.lock():
         workdir.open_for_training(cfg)
         corpus = prepare(cfg, data_dir or workdir.default_data, workers)
-        if corpus.tokenizer.vocab_size > cfg.model.vocab_size:
-            raise UserError(
-                f"the tokenizer has {corpus.tokenizer.vocab_size} ids and the model room for {cfg.model.vocab_size}: "
-                f"set --config.model.vocab_size={-(-corpus.tokenizer.vocab_size // 128) * 128}"
-            )
         workdir.write_language(corpus.tokenizer, corpus.unigrams)
         with jax.set_mesh(mesh), _signals() as received:
             _Run(cfg, workdir, corpus, mesh, profile, received).train()
@@ -111,6 +106,7 @@ class _Run:
         self.objective = MaskedLM(cfg, self.compute, cfg.mask_rate(cfg.stages[0]))
         self.eval_step = make_eval_step(cfg, self.objective)
         self.filler = Filler(self.objective, corpus.tokenizer)
+        self.last_time = 0.0
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
 
     def train(self) -> None:
@@ -314,17 +310,16 @@ def vocab_tables(cfg: Config, tokenizer: Any) -> VocabTables:
 def _signals() -> Iterator[list[int]]:
     """Collects the first SIGTERM or SIGINT for the loop to act on between steps; a second one acts at once."""
     received: list[int] = []
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
+    for number in previous:
         signal.signal(number, note)
     try:
         yield received
     finally:
-        for number in numbers:
-            signal.signal(number, previous[number])
+        for number, handler in previous.items():
+            signal.signal(number, handler)

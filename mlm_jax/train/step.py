@@ -25,7 +25,7 @@ def make_train_step(
     cfg: Config,
     stage: StageConfig,
     objective: MaskedLM,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
     dropout_impl: str | None = None,
@@ -53,18 +53,15 @@ def make_train_step(
         )
         loss = total_loss(sums)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            # A non-finite step is gated inside each update and not undone afterwards: undoing would copy the state.
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
+            params = jax.tree.map(lambda old, update: jnp.where(finite, old + update, old), state.params, updates)
             ema = state.ema
             if ema is not None:
-                ema = jax.tree.map(lambda old, new: old + (1.0 - cfg.optimizer.ema_decay) * (new - old), ema, params)
-            params, opt_state, ema = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state, ema),
-                (state.params, state.opt_state, state.ema),
-            )
+                ema_rate = jnp.where(finite, 1.0 - cfg.optimizer.ema_decay, 0.0)
+                ema = jax.tree.map(lambda old, new: old + ema_rate * (new - old), ema, params)
         interval = _add_to_interval(state, cfg.train.log_every, sums, batch, finite)
         nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
         metrics = {
@@ -137,9 +134,7 @@ def _split_rows(array: jax.Array, count: int) -> jax.Array:
     return jnp.reshape(array, (rows, count, *rest), out_sharding=spec).swapaxes(0, 1)
 
 
-def _add_to_interval(
-    state: TrainState, log_every: int, sums: LossSums, batch: Batch, finite: jax.Array
-) -> dict[str, Term]:
+def _add_to_interval(state: TrainState, log_every: int, sums: LossSums, batch: Batch, finite: jax.Array) -> dict[str, Term]:
     """This step's sums added to those since the last log line. A skipped step counts only as skipped."""
     segment_ids_BL = batch["segment_ids"]
     real_BL = (segment_ids_BL > 0).astype(jnp.float32)

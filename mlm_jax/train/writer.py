@@ -43,9 +43,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> tuple[list[dict[str, Any]],
     """
     path = epath.Path(workdir) / METRICS_FILE
     if not path.is_file():
-        raise UserError(
-            f"{workdir} has no {METRICS_FILE}: name the --workdir of a run that `mlm-jax train` has started"
-        )
+        raise UserError(f"{workdir} has no {METRICS_FILE}: name the --workdir of a run that `mlm-jax train` has started")
     lines = path.read_bytes().splitlines()
     records = [record for record in map(_parse, lines) if record is not None]
     return records, len(lines) - len(records)
@@ -276,9 +274,7 @@ class Progress:
         if is_primary and sys.stderr.isatty():
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False, expand=True)
-            self._task = self._bar.add_task(
-                "train", total=total_steps, completed=start_step, text="first steps: compiling"
-            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="first steps: compiling")
 
     def __enter__(self) -> Self:
         if self._bar:

@@ -1,0 +1,306 @@
+"""The `bench` verb: how fast the compiled step and the loader are here, where the time and the memory go, and a peer.
+
+The step is built by the functions that training builds it with, and runs on one batch that stays on the devices.
+"""
+
+import logging
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlm_jax import flops
+from mlm_jax.bench.peer import HuggingFacePeer, check_installed
+from mlm_jax.bench.profile import Breakdown, profile_steps
+from mlm_jax.config import Config, StageConfig
+from mlm_jax.data.corpus import Corpus, open_corpus
+from mlm_jax.data.loader import Rows, batches
+from mlm_jax.errors import UserError
+from mlm_jax.masking import VocabTables
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.sharding import ROWS, check_batch, make_mesh
+from mlm_jax.train.loop import vocab_tables
+from mlm_jax.train.optimizer import learning_rate, make_optimizer
+from mlm_jax.train.state import TrainState, init_state
+from mlm_jax.train.step import make_train_step
+
+logger = logging.getLogger(__name__)
+
+PROFILED_STEPS = 3
+LOADED_ROWS = 50_000  # at most, to measure the loader
+SPECIAL_IDS = 5  # of synthetic rows: padding, unknown, CLS, SEP and, last, the mask, as in our own tokenizers
+
+
+def run_bench(
+    cfg: Config,
+    *,
+    stage_index: int = 0,
+    steps: int = 20,
+    rounds: int = 5,
+    peer: str | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Measures one stage's step on this machine.
+
+    Args:
+        steps: in a round.
+        rounds: whose median, least and most are reported; with a peer, each is ours and then the peer's.
+        peer: "hf" compares with Hugging Face's BertForMaskedLM.
+        data_dir: a prepared corpus, to take the rows from and to measure the loader on. Default: random rows.
+
+    Returns:
+        The measurements in JSON's types, as `bench.table` shows them.
+
+    Raises:
+        UserError: an argument is out of range, the corpus does not fit, or the peer is not installed.
+    """
+    if not 0 <= stage_index < len(cfg.stages):
+        raise UserError(f"--stage={stage_index}: {cfg.name} has {len(cfg.stages)} stage(s), counted from 0")
+    for name, value in (("steps", steps), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be positive")
+    if peer is not None:
+        check_installed(peer)
+        # The peer needs memory of the same device, of which JAX would else take three quarters when it starts.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    stage, machine = cfg.stages[stage_index], _machine()
+    corpus = None if data_dir is None else open_corpus(data_dir, cfg)
+    mesh = make_mesh(cfg.sharding)
+    check_batch(stage, mesh, f"stages[{stage_index}]")
+    with jax.set_mesh(mesh):
+        rows = _random_rows(cfg, stage) if corpus is None else _corpus_rows(cfg, stage, corpus)
+        ours = _Ours(cfg, stage, rows, _vocab(cfg, corpus))
+        result = {
+            "config": cfg.name,
+            "stage": stage_index,
+            **{name: getattr(stage, name) for name in ("batch_size", "seq_len", "accumulation")},
+            **machine,
+            "dtype": ours.compute.dtype.name,
+            "parameters": ours.parameters,
+            "rows": "random" if corpus is None else str(data_dir),
+            "memory": ours.memory(),  # before anything else of this process adds to it
+            "loader": None if corpus is None else _measure_loader(cfg, stage, corpus, steps * rounds),
+            "operations": _breakdown(profile_steps(ours.run, PROFILED_STEPS, ours.compiled.as_text())),
+        }
+        runs: dict[str, Callable[[int], None]] = {"ours": ours.run}
+        if peer is not None:
+            other = HuggingFacePeer(cfg, stage, rows, dtype=ours.compute.dtype.name, num_threads=machine["threads"])
+            other.run(2)  # torch allocates and chooses its kernels in its first steps
+            runs["peer"] = other.run
+        seconds = alternate(runs, steps, rounds)
+        result["step"] = ours.describe(seconds["ours"], steps)
+        result["peer"] = None if peer is None else _compare(ours, other, seconds)
+    return result
+
+
+class _Ours:
+    """The compiled step with its state and batch on the devices."""
+
+    def __init__(self, cfg: Config, stage: StageConfig, rows: Mapping[str, np.ndarray], vocab: VocabTables):
+        self.vocab = vocab
+        self.compute = Compute.resolve(cfg.compute)
+        objective = MaskedLM(cfg, self.compute, cfg.mask_rate(stage))
+        optimizer, schedule = make_optimizer(cfg), learning_rate(cfg)
+        dropout_impl = None if self.compute.platform == "cpu" else "rbg"  # as in training
+        step = make_train_step(cfg, stage, objective, optimizer, schedule, dropout_impl=dropout_impl)
+
+        def create() -> TrainState:
+            params = objective.init(jax.random.key(cfg.seed))
+            return init_state(params, optimizer, ema=cfg.optimizer.ema_decay > 0, names=("mlm", "accuracy"))
+
+        self.state = jax.jit(create)()
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(ROWS))
+        self.batch = {name: jax.device_put(array, sharding) for name, array in rows.items()}
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        self.compiled, self.compile_seconds, self.from_cache = _compile(step, self.state, self.batch, self.vocab)
+        self.run(2)
+        interval = jax.device_get(self.metrics["interval"])
+        means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in interval.items()}
+        self.tokens = means["tokens"]  # real ones, in a step
+        self.flops_per_token = flops.train_flops_per_token(cfg.model, means["segment_length"], means["predicted"])
+
+    def run(self, steps: int) -> None:
+        """Runs so many steps, dispatched as training does it, and waits for the last one."""
+        with jax.transfer_guard("disallow"):
+            for _ in range(steps):
+                self.state, self.metrics = self.compiled(self.state, self.batch, self.vocab)
+        jax.block_until_ready((self.state, self.metrics))
+
+    def describe(self, seconds: list[float], steps: int) -> dict[str, Any]:
+        """Times and rates from the seconds that a step took in each round."""
+        if int(jax.device_get(self.metrics["nonfinite"])):
+            logger.warning("the loss is not finite: the times hold, but try a lower optimizer.learning_rate")
+        median = statistics.median(seconds)
+        devices = jax.device_count()
+        return {
+            "steps": steps,
+            "rounds": len(seconds),
+            "compile_seconds": self.compile_seconds,
+            "compiled_from_cache": self.from_cache,
+            "tokens": self.tokens,
+            "milliseconds": _spread([1e3 * value for value in seconds]),
+            "tokens_per_second": _spread([self.tokens / value for value in seconds]),
+            "flops_per_token": self.flops_per_token,
+            "flops_per_second": self.flops_per_token * self.tokens / median,
+            "mfu": flops.mfu(self.tokens / median, self.flops_per_token, devices, jax.devices()[0]),
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes: what the compiler plans for one device, and the most that the process or the device has held."""
+        planned = self.compiled.memory_analysis()
+        # In KiB, but for macOS, which counts bytes.
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        stats = jax.devices()[0].memory_stats()
+        return {
+            "arguments": planned.argument_size_in_bytes,
+            "outputs": planned.output_size_in_bytes,
+            "outputs_in_arguments": planned.alias_size_in_bytes,  # the donated state
+            "temporaries": planned.temp_size_in_bytes,
+            "process_peak": resident,
+            "device_peak": stats.get("peak_bytes_in_use") if stats else None,
+        }
+
+
+def alternate(runs: Mapping[str, Callable[[int], None]], steps: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds a step of each contender in each round, one contender after the other within a round.
+
+    Whatever else slows the machine for a while then slows both.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(steps)
+            seconds[name].append((time.perf_counter() - began) / steps)
+    return seconds
+
+
+def _compile(step: Any, *arguments: Any) -> tuple[Any, float, bool]:
+    """The compiled step, the seconds that lowering and compiling took, and whether it came from a cache on disk."""
+    hits: list[str] = []
+
+    def listen(event: str, **kwargs: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    # A cached program carries the scopes of the code that it was compiled from; older ones would misplace its time.
+    option = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, option)
+    jax.config.update(option, True)
+    jax.monitoring.register_event_listener(listen)
+    began = time.perf_counter()
+    try:
+        compiled = step.lower(*arguments).compile()
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        jax.config.update(option, before)
+    return compiled, time.perf_counter() - began, bool(hits)
+
+
+def _vocab(cfg: Config, corpus: Corpus | None) -> VocabTables:
+    if corpus is not None:
+        return vocab_tables(cfg, corpus.tokenizer)
+    tables = VocabTables.from_arrays(
+        mask_id=SPECIAL_IDS - 1,
+        special_ids=np.arange(SPECIAL_IDS),
+        word_starts=np.ones(cfg.model.vocab_size, bool),
+        vocab_size=cfg.model.vocab_size,
+    )
+    return jax.device_put(tables, jax.NamedSharding(jax.sharding.get_mesh(), jax.P()))
+
+
+def _random_rows(cfg: Config, stage: StageConfig) -> dict[str, np.ndarray]:
+    """A batch of full rows, each one segment: the same work as text, and no text needed."""
+    shape = (stage.batch_size, stage.seq_len)
+    tokens = np.random.default_rng(cfg.seed).integers(SPECIAL_IDS, cfg.model.vocab_size, shape, dtype=np.int32)
+    return {
+        "tokens": tokens,
+        "segment_ids": np.ones(shape, np.int32),
+        "example_ids": np.arange(stage.batch_size, dtype=np.int32),
+        "epochs": np.zeros(stage.batch_size, np.int32),
+    }
+
+
+def _loader(cfg: Config, stage: StageConfig, corpus: Corpus, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
+    rows = Rows(corpus.path, stage.seq_len, "train")
+    return batches(rows, batch_size=stage.batch_size, start_step=0, num_steps=num_steps, first_position=0, seed=cfg.seed)
+
+
+def _corpus_rows(cfg: Config, stage: StageConfig, corpus: Corpus) -> dict[str, np.ndarray]:
+    """The first batch of a run on this corpus."""
+    return next(_loader(cfg, stage, corpus, 1))
+
+
+def _measure_loader(cfg: Config, stage: StageConfig, corpus: Corpus, num_steps: int) -> dict[str, Any]:
+    """What reading alone yields, from the first batch on, and what it costs in processor time of all threads."""
+    num_steps = max(2, min(num_steps, LOADED_ROWS // stage.batch_size))
+    wall, processor = time.perf_counter(), time.process_time()
+    fills = [float((batch["segment_ids"][0] > 0).sum()) for batch in _loader(cfg, stage, corpus, num_steps)]
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    rows = num_steps * stage.batch_size
+    return {
+        "rows": rows,
+        "rows_per_second": rows / wall,
+        "rows_per_core_second": rows / processor,
+        "tokens_per_second": rows * statistics.mean(fills) / wall,
+        "tokens_per_core_second": rows * statistics.mean(fills) / processor,
+    }
+
+
+def _machine() -> dict[str, Any]:
+    """The devices and the host; `load` is the average of the last minute, before this process adds to it."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "num_devices": jax.device_count(),
+        "load": os.getloadavg()[0],
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _breakdown(found: Breakdown) -> dict[str, Any]:
+    """Milliseconds a step, from the seconds of all traced steps."""
+    scale = 1e3 / found.steps
+    return {
+        "steps": found.steps,
+        "milliseconds": found.wall_seconds * scale,
+        "covered": found.covered,
+        "groups": {
+            name: {
+                "milliseconds": value * scale,
+                "backward": found.backward[name] * scale,
+                "matrix_products": found.matrix_products[name] * scale,
+            }
+            for name, value in found.groups.items()
+        },
+        "phases": {name: value * scale for name, value in found.phases.items()},
+    }
+
+
+def _compare(ours: _Ours, other: HuggingFacePeer, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    assert other.parameters == ours.parameters + other.extra_parameters, (
+        f"the peer has {other.parameters} parameters and ours {ours.parameters}, which are not the same model"
+    )
+    ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["peer"], strict=True)]
+    return {
+        "name": other.name,
+        "versions": other.versions,
+        "parameters": other.parameters,
+        "extra_parameters": other.extra_parameters,
+        "milliseconds": _spread([1e3 * value for value in seconds["peer"]]),
+        "tokens_per_second": _spread([ours.tokens / value for value in seconds["peer"]]),
+        "ratio": _spread(ratios),
+        "ratios": ratios,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

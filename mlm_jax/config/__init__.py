@@ -1,0 +1,42 @@
+"""Configuration: ml_collections recipes in, frozen dataclasses out, every check before a device is touched.
+
+Each section of a recipe has exactly one dataclass in `sections`. A recipe (`configs/*.py`) names only what it sets; the
+command line overrides any field with `--config.section.field=value`.
+"""
+
+from mlm_jax.config.checks import check
+from mlm_jax.config.conversion import FREE_ON_RESUME, differences, from_dict, to_dict
+from mlm_jax.config.loading import load_config
+from mlm_jax.config.sections import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ShardingConfig,
+    StageConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "FREE_ON_RESUME",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ShardingConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "check",
+    "differences",
+    "from_dict",
+    "load_config",
+    "to_dict",
+]

@@ -1,0 +1,167 @@
+"""Every relation between a config's fields that can be wrong without looking at data or devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mlm_jax.config.conversion import nearest
+from mlm_jax.config.sections import Config, StageConfig
+from mlm_jax.errors import UserError
+
+# Fields by the range that each must lie in; `stages.` stands for every stage.
+_RANGES: dict[str, tuple[str, ...]] = {
+    "positive": (
+        "tokenizer.vocab_size",
+        "tokenizer.sample_megabytes",
+        "data.max_segments",
+        "model.vocab_size",
+        "model.num_layers",
+        "model.embed_dim",
+        "model.num_heads",
+        "model.mlp_dim",
+        "model.max_positions",
+        "model.norm_eps",
+        "model.init_std",
+        "optimizer.learning_rate",
+        "optimizer.eps",
+        "stages.steps",
+        "stages.batch_size",
+        "stages.accumulation",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.max_nonfinite",
+        "evaluation.batch_size",
+        "evaluation.max_rows",
+    ),
+    "at least 0": (
+        "model.position_offset",
+        "model.num_token_types",
+        "optimizer.warmup_steps",
+        "optimizer.decay_steps",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+        "optimizer.end_factor",
+        "stages.learning_rate",
+        "stages.warmup_steps",
+        "evaluation.every",
+    ),
+    "in [0, 1)": (
+        "data.validation_fraction",
+        "model.dropout",
+        "model.attention_dropout",
+        "optimizer.b1",
+        "optimizer.b2",
+        "optimizer.ema_decay",
+        "stages.mask_rate",
+    ),
+    "in (0, 1)": ("masking.rate", "evaluation.mask_rate"),
+    "in [0, 1]": ("masking.mask_prob", "masking.random_prob"),
+}
+_HOLDS: dict[str, Callable[[float], bool]] = {
+    "positive": lambda value: value > 0,
+    "at least 0": lambda value: value >= 0,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
+
+
+def check(cfg: Config) -> None:
+    """Checks single fields first, then what they mean to each other.
+
+    Raises:
+        UserError: naming the field, its value, the limit and a fix.
+    """
+    _check_choices(cfg)
+    _require(len(cfg.stages) > 0, "a run needs at least one stage")
+    for limit, paths in _RANGES.items():
+        for path in paths:
+            section, _, name = path.partition(".")
+            if section == "stages":
+                found = [(f"stages[{index}].{name}", getattr(stage, name)) for index, stage in enumerate(cfg.stages)]
+            else:
+                found = [(path, getattr(getattr(cfg, section), name))]
+            for where, value in found:
+                _require(_HOLDS[limit](value), f"{where}={value} must be {limit}")
+    _check_model(cfg)
+    _check_training(cfg)
+    for index, stage in enumerate(cfg.stages):
+        _check_stage(cfg, f"stages[{index}]", stage)
+
+
+def _check_model(cfg: Config) -> None:
+    model, tokenizer, sharding = cfg.model, cfg.tokenizer, cfg.sharding
+    _require(
+        model.embed_dim % model.num_heads == 0,
+        f"model.embed_dim={model.embed_dim} is no multiple of model.num_heads={model.num_heads}",
+    )
+    _require(
+        tokenizer.algorithm != "pretrained" or bool(tokenizer.path),
+        "tokenizer.algorithm='pretrained' needs tokenizer.path",
+    )
+    _require(
+        tokenizer.algorithm == "pretrained" or tokenizer.vocab_size <= model.vocab_size,
+        f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds model.vocab_size={model.vocab_size}: "
+        "raise the model's or lower the tokenizer's",
+    )
+    sizes = [sharding.data, sharding.fsdp, sharding.tensor]
+    _require(
+        sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes) and sharding.tensor > 0,
+        f"sharding sizes {sizes}: positive; one of data and fsdp may be -1, the devices that are left",
+    )
+    for axis, fields in (("tensor", ("num_heads", "mlp_dim", "vocab_size")), ("fsdp", ("embed_dim",))):
+        for name in fields:
+            ways, size = getattr(sharding, axis), getattr(model, name)
+            _require(ways == -1 or size % ways == 0, f"sharding.{axis}={ways} must divide model.{name}={size}")
+
+
+def _check_training(cfg: Config) -> None:
+    masking, optimizer = cfg.masking, cfg.optimizer
+    _require(
+        masking.mask_prob + masking.random_prob <= 1 + 1e-9,
+        f"masking.mask_prob={masking.mask_prob} and masking.random_prob={masking.random_prob} exceed 1 together",
+    )
+    _require(
+        optimizer.schedule != "wsd" or optimizer.decay_steps > 0,
+        "optimizer.schedule='wsd' needs optimizer.decay_steps > 0",
+    )
+
+
+def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
+    _require(stage.seq_len >= 8, f"{where}.seq_len={stage.seq_len} is below 8")
+    _require(
+        stage.seq_len <= cfg.model.max_positions,
+        f"{where}.seq_len={stage.seq_len} exceeds model.max_positions={cfg.model.max_positions}",
+    )
+    _require(
+        stage.batch_size % stage.accumulation == 0,
+        f"{where}.batch_size={stage.batch_size} is no multiple of {where}.accumulation={stage.accumulation}",
+    )
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("mlm",),
+    "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
+    "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
+    "masking.policy": ("token", "whole_word"),
+    "masking.random_from": ("regular", "vocab"),
+    "optimizer.name": ("adamw", "lamb"),
+    "optimizer.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
+    "compute.dtype": ("auto", "float32", "bfloat16"),
+    "compute.layers": ("auto", "scan", "unroll"),
+    "compute.remat": ("none", "dots", "full"),
+    "compute.attention": ("auto", "xla", "splash", "cudnn"),
+}
+
+
+def _check_choices(cfg: Config) -> None:
+    for path, allowed in _CHOICES.items():
+        value: Any = cfg
+        for name in path.split("."):
+            value = getattr(value, name)
+        _require(value in allowed, f"{path}={value!r} is none of {', '.join(allowed)}{nearest(value, allowed)}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,109 @@
+"""A recipe file and command-line overrides, read into a checked config."""
+
+import ast
+import dataclasses
+import importlib.util
+import pathlib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mlm_jax.config.checks import check
+from mlm_jax.config.conversion import describe, from_dict, nearest
+from mlm_jax.config.sections import Config
+from mlm_jax.errors import UserError
+
+
+def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+    """Reads a recipe file, applies `section.field=value` overrides, and checks the whole.
+
+    Args:
+        path: a Python file with `get_config() -> ml_collections.ConfigDict`.
+        overrides: `optimizer.learning_rate=1e-3`, `stages[0].steps=100`, as the command line's `--config.` flags.
+
+    Raises:
+        UserError: the file cannot be used, or a field is unknown, missing, of a wrong type or inconsistent.
+    """
+    raw = _run_recipe(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    cfg = from_dict(raw)
+    check(cfg)
+    return cfg
+
+
+def _run_recipe(path: str) -> dict[str, Any]:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        siblings = sorted(f.name for f in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise UserError(f"no config file {path}{nearest(file.name, siblings)}")
+    spec = importlib.util.spec_from_file_location(f"mlm_jax_recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        raw = module.get_config().to_dict()
+    except Exception as error:
+        raise UserError(f"{path} could not be read as a config: {type(error).__name__}: {error}") from error
+    stages = raw.get("stages", ({},))
+    if not isinstance(stages, (list, tuple)) or not all(isinstance(stage, Mapping) for stage in stages):
+        raise UserError(f"{path}: stages={stages!r} must be a tuple of sections, one a stage")
+    raw["stages"] = [dict(stage) for stage in stages]
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Sets one field, walking the dataclasses to know its type and to name the nearest field when there is none."""
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"--config.{path} needs a value: --config.{path}=…")
+    kind: Any = Config
+    node: Any = raw
+    walked: list[str] = []
+    *sections, last = path.split(".")
+    for part in sections:
+        name, bracket, index = part.partition("[")
+        kind = _field_type(kind, name, [*walked, name])
+        walked.append(part)
+        if bracket:
+            if typing.get_origin(kind) is not tuple or not dataclasses.is_dataclass(typing.get_args(kind)[0]):
+                raise UserError(f"{name} is no list of sections, so there is no {part!r}")
+            kind, entries = typing.get_args(kind)[0], node[name]
+            position = index.rstrip("]")
+            if not position.isdigit() or int(position) >= len(entries):
+                raise UserError(f"{part}: there are {len(entries)} entries, counted from 0")
+            node = entries[int(position)]
+        elif dataclasses.is_dataclass(kind):
+            node = node.setdefault(name, {})
+        else:
+            shape = "is a list; name an entry, as in stages[0]," if typing.get_origin(kind) is tuple else "is a single value"
+            raise UserError(f"{'.'.join(walked)} {shape} and has no field {path.split('.')[len(walked)]!r}")
+    name = last.partition("[")[0]
+    kind = _field_type(kind, name, [*walked, last])
+    if name != last and typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        raise UserError(f"{path} is a section; set one of its fields: {', '.join(typing.get_type_hints(kind))}")
+    if name != last:
+        raise UserError(f"{name} is set as a whole, so there is no {last!r}")
+    node[last] = _parse(text, kind, path)
+
+
+def _field_type(section: Any, name: str, path: list[str]) -> Any:
+    kinds = typing.get_type_hints(section)
+    if name not in kinds:
+        raise UserError(f"no config field {'.'.join(path)!r}{nearest(name, kinds)}")
+    return kinds[name]
+
+
+def _parse(text: str, kind: Any, path: str) -> Any:
+    """A flag's text as a value of the field's type."""
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{path}={text!r} is not {describe(kind)}") from None

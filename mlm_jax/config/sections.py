@@ -1,0 +1,166 @@
+"""The sections of a config, one frozen dataclass each; a field's default is written here and nowhere else."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is split and packed. What it holds decides a prepared corpus's identity."""
+
+    source: str = "builtin:python_docs"  # URI: builtin:, files:, tfds:, hf:
+    validation_fraction: float = 0.01  # share of documents held out, chosen by the hash of their text
+    deduplicate: bool = True  # drop exact repetitions of a document
+    max_segments: int = 16  # documents (or parts of one) that may share a row
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Trained by `prepare` (unigram, bpe), or an existing model file (pretrained)."""
+
+    algorithm: str = "unigram"  # unigram | bpe | pretrained
+    path: str = ""  # for pretrained: a SentencePiece .model or a tokenizer.json
+    vocab_size: int = 8192  # for unigram and bpe; a pretrained tokenizer brings its own
+    character_coverage: float = 0.9995
+    byte_fallback: bool = True
+    lowercase: bool = False
+    sample_megabytes: float = 10.0  # text that the tokenizer is trained on, sampled over the whole source
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The encoder's architecture. The vocabulary may exceed the tokenizer's (padding to a multiple of 128)."""
+
+    vocab_size: int = 8192
+    num_layers: int = 4
+    embed_dim: int = 256
+    num_heads: int = 4
+    mlp_dim: int = 1024
+    max_positions: int = 512
+    position_offset: int = 0  # RoBERTa: 2, its tables start after the padding id
+    num_token_types: int = 0  # BERT: 2; 0 leaves the table out
+    activation: str = "gelu_tanh"  # gelu_tanh | gelu_erf | relu
+    norm_eps: float = 1e-12
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    init_truncated: bool = True  # BERT: truncated normal; Hugging Face and RoBERTa: plain normal
+    tie_embeddings: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    """What is predicted and what the encoder sees in its place."""
+
+    policy: str = "token"  # token | whole_word
+    rate: float = 0.15  # of the row's real tokens
+    mask_prob: float = 0.8  # of the chosen positions: shown as [MASK]
+    random_prob: float = 0.1  # shown as a random token; the rest is shown unchanged
+    random_from: str = "regular"  # regular | vocab: whether random tokens may be special ones (BERT: vocab)
+    include_special: bool = False  # whether CLS and SEP may be chosen (fairseq's RoBERTa does)
+    static: bool = False  # the same mask in every epoch (BERT's original data), for ablation
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and the learning-rate curve over the whole run (a stage may restart it)."""
+
+    name: str = "adamw"  # adamw | lamb
+    learning_rate: float = 1e-4  # peak
+    schedule: str = "linear"  # constant | linear | cosine | inverse_sqrt | wsd
+    warmup_steps: int = 0
+    decay_steps: int = 0  # wsd only: length of the final decay
+    end_factor: float = 0.0  # final learning rate as a fraction of the peak
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    decay_embeddings: bool = True  # norms and biases never decay
+    bias_correction: bool = True  # BERT's own Adam: False
+    clip_norm: float = 1.0  # global gradient norm; 0 is off
+    ema_decay: float = 0.0  # exponential moving average of the parameters; 0 keeps none
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One piece of a run: so many steps on rows of one length."""
+
+    steps: int = 1000
+    seq_len: int = 128
+    batch_size: int = 256  # rows in a global step
+    accumulation: int = 1  # micro-batches that a step is split into
+    learning_rate: float = 0.0  # above 0: the schedule restarts in this stage with this peak
+    warmup_steps: int = 0  # of a restarted schedule
+    mask_rate: float = 0.0  # above 0: replaces masking.rate in this stage
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the same mathematics is executed; may change between a run and its continuation."""
+
+    dtype: str = "auto"  # auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16
+    layers: str = "auto"  # auto (unrolled on CPU, scan elsewhere) | scan | unroll
+    remat: str = "none"  # none | dots | full
+    attention: str = "auto"  # auto | xla | splash | cudnn
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Sizes of the mesh's axes; -1 (once) takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop around the step. Counts are in steps."""
+
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    max_nonfinite: int = 10  # consecutive skipped updates before the run stops
+    wandb_project: str = ""  # extra: pip install mlm-jax[wandb]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss under frozen masks, the same for every run whatever its training rate."""
+
+    every: int = 500  # steps between evaluations while training; 0 only at the end
+    batch_size: int = 64
+    max_rows: int = 2048
+    mask_rate: float = 0.15
+    seed: int = 1234
+    probes: tuple[str, ...] = ()  # texts with [MASK] that are filled in at each evaluation, for the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str
+    seed: int = 0
+    objective: str = "mlm"
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    compute: ComputeConfig = ComputeConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def mask_rate(self, stage: StageConfig) -> float:
+        """The rate that a stage trains with."""
+        return stage.mask_rate or self.masking.rate

@@ -1,0 +1,316 @@
+"""Configuration: overrides reach the right field with the right type, and every mistake is one message that says so."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+
+from mlm_jax.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ShardingConfig,
+    StageConfig,
+    TrainConfig,
+    check,
+    differences,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from mlm_jax.errors import UserError
+
+RECIPE = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({
+        "name": "tiny",
+        "model": {"vocab_size": 8192, "embed_dim": 64, "num_heads": 4},
+        "stages": ({"steps": 10, "seq_len": 16}, {"steps": 20, "seq_len": 32}),
+    })
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def write(tmp_path, body: str) -> str:
+    """A recipe whose `get_config` returns ConfigDict(body)."""
+    path = tmp_path / "written.py"
+    path.write_text(f"import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({body})\n")
+    return str(path)
+
+
+def test_what_a_recipe_leaves_out_has_the_dataclass_default(recipe):
+    cfg = load_config(recipe)
+    assert cfg.model == ModelConfig(vocab_size=8192, embed_dim=64, num_heads=4)
+    assert cfg.stages == (StageConfig(steps=10, seq_len=16), StageConfig(steps=20, seq_len=32))
+    assert (cfg.optimizer, cfg.data, cfg.masking) == (OptimizerConfig(), DataConfig(), MaskingConfig())
+    assert cfg.total_steps == 30 and cfg.model.head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("seed=7", "seed", 7),
+        ("name=a=b", "name", "a=b"),
+        ("data.source=files:/x/*.txt?field=a", "data.source", "files:/x/*.txt?field=a"),
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate", 1e-3),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("model.tie_embeddings=false", "model.tie_embeddings", False),
+        ("model.tie_embeddings=True", "model.tie_embeddings", True),
+        ("sharding.data=-1", "sharding.data", -1),
+        ("evaluation.probes=('a [MASK]', 'b [MASK]')", "evaluation.probes", ("a [MASK]", "b [MASK]")),
+        ("evaluation.probes=[]", "evaluation.probes", ()),
+    ],
+)
+def test_an_override_sets_one_field_in_its_type(recipe, override, field, value):
+    cfg = load_config(recipe, [override])
+    found = cfg
+    for name in field.split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+    assert [line.split(":")[0] for line in differences(load_config(recipe), cfg)] in ([field], [])
+
+
+def test_an_override_sets_one_stage_only(recipe):
+    cfg = load_config(recipe, ["stages[0].steps=3", "stages[1].mask_rate=0.3"])
+    assert cfg.stages == (StageConfig(steps=3, seq_len=16), StageConfig(steps=20, seq_len=32, mask_rate=0.3))
+    assert [cfg.mask_rate(stage) for stage in cfg.stages] == [0.15, 0.3]
+
+
+def test_a_recipe_without_stages_has_one_that_can_be_overridden(tmp_path):
+    path = write(tmp_path, '{"name": "x"}')
+    assert load_config(path).stages == (StageConfig(),)
+    assert load_config(path, ["stages[0].steps=3"]).stages == (StageConfig(steps=3),)
+
+
+def test_a_later_override_wins(recipe):
+    assert load_config(recipe, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", "no config field 'optimizer.learning_rat'; did you mean 'learning_rate'?"),
+        ("optimiser.name=lamb", "no config field 'optimiser'; did you mean 'optimizer'?"),
+        ("stages[0].step=1", "no config field 'stages[0].step'; did you mean 'steps'?"),
+        ("zzzzzz=1", "no config field 'zzzzzz'"),
+        ("seed", "--config.seed needs a value"),
+        ("optimizer=lamb", "optimizer is a section; set one of its fields: name, learning_rate,"),
+        ("stages[0]=3", "is a section; set one of its fields: steps,"),
+        ("seed.x=3", "seed is a single value and has no field 'x'"),
+        ("stages[2].steps=1", "stages[2]: there are 2 entries, counted from 0"),
+        ("stages[-1].steps=1", "there are 2 entries, counted from 0"),
+        ("stages[].steps=1", "there are 2 entries, counted from 0"),
+        ("stages.steps=1", "has no field 'steps'"),
+        ("seed=1.5", "seed=1.5 is not a whole number"),
+        ("seed=True", "seed=True is not a whole number"),
+        ("seed=one", "seed='one' is not a whole number"),
+        ("seed=", "seed='' is not a whole number"),
+        ("seed=__import__('os').getpid()", "is not a whole number"),
+        ("model.tie_embeddings=1", "model.tie_embeddings=1 is not true or false"),
+        ("model.tie_embeddings=yes", "model.tie_embeddings='yes' is not true or false"),
+        ("optimizer.learning_rate=nan", "is not a finite number"),
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate=inf is not a finite number"),
+        ("optimizer.learning_rate='1'", "is not a finite number"),
+        ("evaluation.probes='a [MASK]'", "evaluation.probes='a [MASK]' is not a list"),
+        ("evaluation.probes=(1,)", "evaluation.probes[0]=1 is not a text"),
+        ("stages=[]", "at least one stage"),
+    ],
+)
+def test_a_wrong_override_says_what_is_wrong(recipe, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(recipe, [override])
+
+
+@pytest.mark.parametrize("override", ["seed[0]=3", "name[0]=x", "model[0].num_layers=2", "evaluation.probes[0]=x [MASK]"])
+def test_an_index_where_none_belongs_is_a_users_mistake(recipe, override):
+    with pytest.raises(UserError):
+        load_config(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"model": {}}', "config field 'name' is missing"),
+        ('{"name": "x", "modle": {}}', "no config field 'modle'; did you mean 'model'?"),
+        ('{"name": "x", "model": {"num_layer": 1}}', "no config field 'model.num_layer'; did you mean 'num_layers'?"),
+        ('{"name": "x", "stages": ({"step": 1},)}', "no config field 'stages[0].step'; did you mean 'steps'?"),
+        ('{"name": "x", "model": 3}', "model must be a section of fields, not 3"),
+        ('{"name": 3}', "name=3 is not a text"),
+        ('{"name": "x", "seed": 1.0}', "seed=1.0 is not a whole number"),
+        ('{"name": "x", "undefined": y}', "could not be read as a config: NameError"),
+        ('{"name": "x", "stages": 3}', "stages"),
+        ('{"name": "x", "stages": {"steps": 3}}', "stages"),
+        ('{"name": "x", "stages": (3,)}', "stages"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_wrong(tmp_path, body, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(write(tmp_path, body))
+
+
+def test_files_that_are_no_recipes(tmp_path, recipe):
+    with pytest.raises(UserError, match=r"no config file .*; did you mean 'tiny\.py'\?"):
+        load_config(str(tmp_path / "tny.py"))
+    with pytest.raises(UserError, match="no config file"):
+        load_config(str(tmp_path / "absent" / "x.py"))
+    (tmp_path / "x.txt").write_text(RECIPE)
+    with pytest.raises(UserError, match="not a Python file"):
+        load_config(str(tmp_path / "x.txt"))
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match=r"could not be read as a config: AttributeError.*get_config"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+# Each relation between fields: what breaks it, and a part of the message, which names the field.
+CHECKS = [
+    ("model.num_heads=5", "model.embed_dim=64 is no multiple of model.num_heads=5"),
+    *((f"model.{name}=0", f"model.{name}=0") for name in ("vocab_size", "num_layers", "embed_dim", "num_heads")),
+    *((f"model.{name}=-1", f"model.{name}=-1") for name in ("mlp_dim", "max_positions")),
+    ("model.dropout=1.0", "dropout=1.0 must be in [0, 1)"),
+    ("model.attention_dropout=-0.1", "attention_dropout=-0.1 must be in [0, 1)"),
+    ("data.validation_fraction=1.0", "validation_fraction=1.0 must be in [0, 1)"),
+    ("data.max_segments=0", "data.max_segments=0 must be positive"),
+    ("optimizer.ema_decay=1", "ema_decay=1.0 must be in [0, 1)"),
+    ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0 must be positive"),
+    ("optimizer.schedule=wsd", "needs optimizer.decay_steps"),
+    ("evaluation.mask_rate=0", "evaluation.mask_rate=0.0 must be in (0, 1)"),
+    ("evaluation.mask_rate=1", "evaluation.mask_rate=1.0 must be in (0, 1)"),
+    ("masking.rate=0", "masking.rate=0.0 must be in (0, 1)"),
+    ("stages[1].mask_rate=1", "stages[1].mask_rate=1.0 must be in [0, 1)"),
+    ("stages[1].mask_rate=-0.1", "stages[1].mask_rate=-0.1 must be in [0, 1)"),
+    ("masking.mask_prob=0.95", "masking.mask_prob=0.95 and masking.random_prob=0.1"),
+    ("masking.random_prob=-0.1", "masking.random_prob=-0.1"),
+    ("tokenizer.algorithm=pretrained", "needs tokenizer.path"),
+    ("tokenizer.vocab_size=8193", "tokenizer.vocab_size=8193 exceeds model.vocab_size=8192"),
+    *((f"stages[0].{name}=0", f"stages[0].{name}=0") for name in ("steps", "seq_len", "batch_size", "accumulation")),
+    ("stages[1].seq_len=7", "stages[1].seq_len=7 is below 8"),
+    ("stages[1].seq_len=513", "stages[1].seq_len=513 exceeds model.max_positions=512"),
+    ("stages[1].accumulation=3", "stages[1].batch_size=256 is no multiple of stages[1].accumulation=3"),
+    *(
+        (f"train.{name}=0", f"train.{name}=0 must be positive")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite")
+    ),
+    ("sharding.fsdp=-1", "sharding sizes [-1, -1, 1]: positive; one of data and fsdp may be -1"),
+    ("sharding.tensor=0", "sharding sizes [-1, 1, 0]: positive"),
+    ("sharding.tensor=3", "sharding.tensor=3 must divide model.num_heads=4"),
+    ("objective=mlmm", "objective='mlmm' is none of mlm; did you mean 'mlm'?"),
+    ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
+    ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu; did you mean"),
+    ("masking.policy=word", "masking.policy='word' is none of token, whole_word"),
+    ("masking.random_from=all", "masking.random_from='all' is none of"),
+    ("optimizer.name=adam", "optimizer.name='adam' is none of adamw, lamb; did you mean 'adamw'?"),
+    ("optimizer.schedule=linaer", "did you mean 'linear'?"),
+    ("compute.dtype=float16", "compute.dtype='float16' is none of"),
+    ("compute.layers=unrolled", "did you mean 'unroll'?"),
+    ("compute.remat=all", "compute.remat='all' is none of"),
+    ("compute.attention=flash", "compute.attention='flash' is none of"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), CHECKS, ids=[override for override, _ in CHECKS])
+def test_each_relation_between_fields_is_checked(recipe, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(recipe, [override])
+
+
+# What would otherwise end as a traceback, or as nonsense, after the corpus has been prepared.
+LATE = [
+    "evaluation.batch_size=0",
+    "evaluation.max_rows=0",
+    "tokenizer.vocab_size=0",
+    "tokenizer.sample_megabytes=0",
+    "model.norm_eps=-1",
+    "model.init_std=-1",
+    "model.position_offset=-1",
+    "model.num_token_types=-1",
+    "optimizer.b1=1.0",
+    "optimizer.b2=1.5",
+    "optimizer.eps=-1e-6",
+    "optimizer.weight_decay=-0.1",
+    "optimizer.clip_norm=-1",
+    "optimizer.warmup_steps=-1",
+    "optimizer.end_factor=-1",
+    "stages[0].learning_rate=-1",
+    "stages[0].warmup_steps=-1",
+    "sharding.tensor=-1 sharding.data=1",
+]
+
+
+@pytest.mark.parametrize("overrides", LATE)
+def test_a_value_out_of_range_is_refused_before_any_work(recipe, overrides):
+    with pytest.raises(UserError):
+        load_config(recipe, overrides.split())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "sharding.tensor=4 model.vocab_size=8194",  # the vocabulary is split over tensor
+        "sharding.tensor=4 model.mlp_dim=1026",
+        "sharding.fsdp=3",  # the model dimension, 64, is split over fsdp
+    ],
+)
+def test_dimensions_that_the_mesh_cannot_divide_are_refused(recipe, overrides):
+    with pytest.raises(UserError):
+        load_config(recipe, overrides.split())
+
+
+def test_a_config_survives_json(recipe):
+    cfg = load_config(recipe, ["evaluation.probes=('a [MASK]',)", "optimizer.learning_rate=1e-3", "model.norm_eps=1e-12"])
+    stored = to_dict(cfg)
+    assert json.loads(json.dumps(stored)) == stored
+    again = from_dict(json.loads(json.dumps(stored)))
+    assert again == cfg and hash(again) == hash(cfg)
+    assert stored.keys() == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_a_config_that_was_checked_stays_valid_when_built_by_hand():
+    check(Config(name="x"))
+    with pytest.raises(UserError, match="at least one stage"):
+        check(Config(name="x", stages=()))
+    with pytest.raises(UserError, match="positive"):
+        check(Config(name="x", train=TrainConfig(log_every=0)))
+
+
+def test_differences_name_what_changes_the_mathematics():
+    old = Config(name="x", stages=(StageConfig(steps=5), StageConfig(steps=6)))
+    assert differences(old, old) == []
+    new = dataclasses.replace(
+        old,
+        seed=1,
+        model=ModelConfig(dropout=0.1),
+        stages=(StageConfig(steps=5), StageConfig(steps=7)),
+    )
+    assert set(differences(old, new)) == {"seed: 0 -> 1", "model.dropout: 0.0 -> 0.1", "stages[1].steps: 6 -> 7"}
+    shorter = differences(old, dataclasses.replace(old, stages=(StageConfig(steps=5),)))
+    assert len(shorter) == 1 and shorter[0].startswith("stages: [{")
+
+
+def test_differences_leave_out_how_a_run_is_executed_and_watched():
+    old = Config(name="x")
+    new = dataclasses.replace(
+        old,
+        sharding=ShardingConfig(fsdp=2),
+        train=TrainConfig(log_every=1),
+        evaluation=EvaluationConfig(every=3, probes=("a [MASK]",)),
+    )
+    assert differences(old, new) == []
+
+
+def test_a_mask_rate_of_a_stage_replaces_the_general_one():
+    cfg = Config(name="x", masking=MaskingConfig(rate=0.2), stages=(StageConfig(), StageConfig(mask_rate=0.4)))
+    assert [cfg.mask_rate(stage) for stage in cfg.stages] == [0.2, 0.4]
+    assert math.isclose(cfg.mask_rate(StageConfig()), 0.2)

@@ -1,0 +1,172 @@
+"""BERT and RoBERTa are reproduced exactly: logits and gradients of Hugging Face models of the same weights.
+
+The reference is frozen in golden/*.npz, written by golden/make_bert_golden.py, so that no test needs torch.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mlm_jax.config import Config, ModelConfig, ShardingConfig
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives.mlm import MaskedLM, score_targets
+from mlm_jax.sharding import make_mesh
+
+GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
+NUM_LAYERS, NUM_HEADS = 2, 4
+PLAIN = Compute(jnp.dtype("float32"), scan_layers=False, remat="none", attention="xla", platform="cpu")
+HEADS = {
+    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
+    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+}
+
+CASES = pytest.mark.parametrize(
+    ("name", "activation"), [("bert", "gelu_erf"), ("bert", "gelu_tanh"), ("roberta", "gelu_erf")]
+)
+
+
+@functools.cache
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def tree_of(name: str, weight) -> dict:
+    """Our parameters from Hugging Face's, where `weight(name)` is one of theirs or a gradient of one.
+
+    Their kernels are [out, in]; ours have the input first, heads apart, and layers stacked.
+    """
+    transform, norm, bias = HEADS[name]
+
+    def norm_of(prefix: str) -> dict:
+        return {"scale_D": weight(f"{prefix}.weight"), "bias_D": weight(f"{prefix}.bias")}
+
+    def layer(index: int) -> dict:
+        prefix = f"encoder.layer.{index}"
+        attention = {}
+        for role in ("query", "key", "value"):
+            kernel = weight(f"{prefix}.attention.self.{role}.weight").T
+            attention[f"{role}_DHK"] = kernel.reshape(len(kernel), NUM_HEADS, -1)
+            attention[f"{role}_bias_HK"] = weight(f"{prefix}.attention.self.{role}.bias").reshape(NUM_HEADS, -1)
+        output = weight(f"{prefix}.attention.output.dense.weight").T
+        attention["output_HKD"] = output.reshape(NUM_HEADS, -1, output.shape[1])
+        attention["output_bias_D"] = weight(f"{prefix}.attention.output.dense.bias")
+        return {
+            "attention": attention,
+            "attention_norm": norm_of(f"{prefix}.attention.output.LayerNorm"),
+            "mlp": {
+                "up_DF": weight(f"{prefix}.intermediate.dense.weight").T,
+                "up_bias_F": weight(f"{prefix}.intermediate.dense.bias"),
+                "down_FD": weight(f"{prefix}.output.dense.weight").T,
+                "down_bias_D": weight(f"{prefix}.output.dense.bias"),
+            },
+            "mlp_norm": norm_of(f"{prefix}.output.LayerNorm"),
+        }
+
+    return {
+        "encoder": {
+            "embeddings": {
+                "tokens_VD": weight("embeddings.word_embeddings.weight"),
+                "positions_LD": weight("embeddings.position_embeddings.weight"),
+                "token_types_TD": weight("embeddings.token_type_embeddings.weight"),
+                "norm": norm_of("embeddings.LayerNorm"),
+            },
+            "layers": jax.tree.map(lambda *layers: np.stack(layers), *map(layer, range(NUM_LAYERS))),
+        },
+        "head": {
+            "transform_DD": weight(f"{transform}.weight").T,
+            "transform_bias_D": weight(f"{transform}.bias"),
+            "norm": norm_of(norm),
+            "output_bias_V": weight(bias),
+        },
+    }
+
+
+def parameters(name: str) -> dict:
+    return tree_of(name, lambda weight: golden(name)[f"weight/{weight}"])
+
+
+def objective(name: str, activation: str) -> MaskedLM:
+    params = parameters(name)
+    tables, mlp = params["encoder"]["embeddings"], params["encoder"]["layers"]["mlp"]
+    offset = {"bert": 0, "roberta": 2}[name]
+    model = ModelConfig(
+        vocab_size=tables["tokens_VD"].shape[0],
+        num_layers=NUM_LAYERS,
+        embed_dim=tables["tokens_VD"].shape[1],
+        num_heads=NUM_HEADS,
+        mlp_dim=mlp["up_DF"].shape[-1],
+        max_positions=tables["positions_LD"].shape[0] - offset,
+        position_offset=offset,
+        num_token_types=tables["token_types_TD"].shape[0],
+        activation=activation,
+        norm_eps={"bert": 1e-12, "roberta": 1e-5}[name],
+        dropout=0.1,  # no key is given, so nothing is dropped
+        attention_dropout=0.1,
+    )
+    return MaskedLM(Config(name=name, model=model), PLAIN, 0.15)
+
+
+@functools.cache
+def result(name: str, activation: str):
+    """Our logits at every position, the loss, and its gradient: NumPy arrays."""
+    built, arrays = objective(name, activation), golden(name)
+    tokens, types, labels = (arrays[f"input/{key}"] for key in ("input_ids", "token_type_ids", "labels"))
+    segment_ids = arrays["input/attention_mask"]
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(params):
+        def loss(params):
+            model = nnx.merge(built._graphdef, params)
+            hidden = model.encoder(tokens, segment_ids, None, types)
+            logits = model.head(hidden, model.encoder.embeddings.tokens_VD[...])
+            nll, _ = score_targets(logits, np.maximum(labels, 0))
+            return (nll * (labels >= 0)).sum() / (labels >= 0).sum(), logits
+
+        (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return logits, value, grads
+
+    with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
+        shapes = jax.eval_shape(built.init, jax.random.key(0))
+        assert jax.tree.map(np.shape, parameters(name)) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+        return jax.device_get(run(parameters(name)))
+
+
+@CASES
+def test_logits_and_loss(name, activation):
+    logits, loss, _ = result(name, activation)
+    real = golden(name)["input/attention_mask"] == 1
+    expected = golden(name)[f"{activation}/logits"]
+    # Float32 through two layers, in two orders of summation; the logits reach 4.
+    np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(loss, golden(name)[f"{activation}/loss"], rtol=1e-5)
+
+
+def test_the_tolerance_tells_the_activations_apart():
+    exact, approximate = (golden("bert")[f"{activation}/logits"] for activation in ("gelu_erf", "gelu_tanh"))
+    assert np.abs(exact - approximate).max() > 1e-3
+
+
+@CASES
+def test_gradients(name, activation):
+    _, _, grads = result(name, activation)
+    prefix = f"{activation}/gradient/"
+    kept = {key.removeprefix(prefix) for key in golden(name) if key.startswith(prefix)}
+    assert len(kept) == 15
+    # Where no gradient was kept, NaN stands in for it.
+    expected = tree_of(
+        name, lambda weight: golden(name).get(prefix + weight, golden(name)[f"weight/{weight}"] * np.float32(np.nan))
+    )
+    compared = 0
+    for (path, grad), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
+        known = ~np.isnan(other)
+        compared += known.any()
+        np.testing.assert_allclose(
+            grad[known], other[known], atol=1e-4 * np.abs(grad).max(), rtol=0, err_msg=jax.tree_util.keystr(path)
+        )
+    assert compared == len(kept)

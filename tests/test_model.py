@@ -1,0 +1,464 @@
+"""The encoder: packing and padding are inert, every way to execute it agrees, and its parts are where BERT has them."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mlm_jax.config import ComputeConfig, Config, ModelConfig, ShardingConfig, load_config
+from mlm_jax.errors import UserError
+from mlm_jax.model.attention import choose_implementation
+from mlm_jax.model.embeddings import segment_positions
+from mlm_jax.model.encoder import Compute
+from mlm_jax.model.layers import LayerNorm, dropout, weight_init
+from mlm_jax.objectives.mlm import MaskedLM, cast, score_targets
+from mlm_jax.sharding import make_mesh
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+TINY = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=2,
+    mlp_dim=48,
+    max_positions=24,
+    num_token_types=2,
+    init_std=0.3,
+)
+PLAIN = Compute(jnp.dtype("float32"), scan_layers=False, remat="none", attention="xla", platform="cpu")
+BFLOAT16 = dataclasses.replace(PLAIN, dtype=jnp.dtype("bfloat16"))
+DROPPED = dataclasses.replace(TINY, dropout=0.2)
+LENGTH = 24
+# Compiles in a fifth of the time, for speed that nothing here needs. jax 0.12 has no fusion emitters to turn off.
+QUICK = {"xla_backend_optimization_level": 0}
+QUICK |= {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
+        yield
+
+
+def objective(model: ModelConfig = TINY, compute: Compute = PLAIN) -> MaskedLM:
+    return MaskedLM(Config(name="tiny", model=model), compute, 0.15)
+
+
+@functools.cache
+def init(model: ModelConfig = TINY, seed: int = 0):
+    """Random NumPy parameters, with biases and norms that are not what they start from."""
+    shapes = jax.eval_shape(objective(model).init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return rng.normal(float("scale" in name), 0.1 if "norm" in name else 0.3, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def encoder(model: ModelConfig = TINY, compute: Compute = PLAIN):
+    """(params, tokens, segment_ids, key, token_types) -> hidden states of every position, as a NumPy array."""
+    graphdef = objective(model, compute)._graphdef
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def encode(params, tokens, segment_ids, key=None, token_types=None):
+        built = nnx.merge(graphdef, cast(params, compute.dtype))
+        return built.encoder(tokens, segment_ids, key, token_types)
+
+    return lambda *args, **options: jax.device_get(encode(*args, **options))
+
+
+@functools.cache
+def gradient(model: ModelConfig = TINY, compute: Compute = PLAIN):
+    """The compiled (params, tokens, segment_ids, key) -> loss of predicting every token, and its gradient."""
+    built = objective(model, compute)
+
+    @jax.jit
+    def grad(params, tokens, segment_ids, key):
+        def loss(params):
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+            return score_targets(built.logits(params, tokens, segment_ids, positions, key), tokens)[0].mean()
+
+        return jax.value_and_grad(loss)(params)
+
+    return grad.lower(init(model), *make_rows(), jax.random.key(0)).compile(QUICK)
+
+
+def make_rows(rows: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of three segments and padding, each with its own bounds."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (rows, LENGTH)).astype(np.int32)
+    segment_ids = np.zeros((rows, LENGTH), np.int32)
+    for row in range(rows):
+        bounds = [0, *sorted(rng.choice(np.arange(1, LENGTH - 1), 3, replace=False))]
+        for segment in range(3):
+            segment_ids[row, bounds[segment] : bounds[segment + 1]] = segment + 1
+    return tokens, segment_ids
+
+
+def replace(model: ModelConfig = TINY, **changes) -> ModelConfig:
+    return dataclasses.replace(model, **changes)
+
+
+def assert_trees_close(a, b, atol: float) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=0), a, b)
+
+
+# Packing and padding.
+
+
+def test_packed_documents_are_as_if_each_had_a_row_of_its_own():
+    tokens, segment_ids = make_rows()
+    packed = encoder()(init(), tokens, segment_ids)
+    for row in range(len(tokens)):
+        for segment in (1, 2, 3):
+            inside = segment_ids[row] == segment
+            alone, marks = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32)
+            alone[0, : inside.sum()], marks[0, : inside.sum()] = tokens[row, inside], 1
+            separate = encoder()(init(), alone, marks)
+            # The same numbers in another order of summation.
+            np.testing.assert_allclose(separate[0, : inside.sum()], packed[row, inside], atol=2e-5)
+
+
+def test_what_stands_in_padding_changes_nothing():
+    tokens, segment_ids = make_rows()
+    real = segment_ids > 0
+    other = np.where(real, tokens, 63 - tokens)
+    a, b = (np.asarray(encoder()(init(), t, segment_ids)) for t in (tokens, other))
+    np.testing.assert_array_equal(a[real], b[real])
+    assert not np.array_equal(a[~real], b[~real])
+
+
+def test_a_document_sees_both_ways_and_no_other_document():
+    tokens, segment_ids = make_rows(1)
+    _, bounds = np.unique(segment_ids[0], return_index=True)
+    last_of_second = bounds[3] - 1
+    changed = tokens.copy()
+    changed[0, last_of_second] = (tokens[0, last_of_second] + 1) % 64
+    a, b = (np.asarray(encoder()(init(), np.repeat(t, 2, 0), np.repeat(segment_ids, 2, 0)))[0] for t in (tokens, changed))
+    differs = (a != b).any(-1)
+    np.testing.assert_array_equal(differs, segment_ids[0] == 2)
+
+
+@pytest.mark.parametrize("compute", [PLAIN, BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_row_of_padding_alone_is_finite_and_so_is_its_gradient(compute):
+    tokens, segment_ids = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32)
+    found = gradient(TINY, compute)(init(), tokens, segment_ids, jax.random.key(3))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_positions_restart_in_every_segment():
+    segment_ids = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 2, 2, 2, 2, 2, 2, 2], [0] * 8, [1] * 8], np.int32)
+    expected = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6], list(range(8)), list(range(8))]
+    np.testing.assert_array_equal(segment_positions(jnp.asarray(segment_ids)), expected)
+
+
+# Ways to execute it.
+
+
+def assert_as_plain(compute: Compute, model: ModelConfig) -> None:
+    loss, grads = gradient(model, compute)(init(), *make_rows(), jax.random.key(3))
+    expected_loss, expected = gradient(model)(init(), *make_rows(), jax.random.key(3))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert_trees_close(grads, expected, atol=1e-5)  # other orders of summation; gradients are around 0.1
+
+
+@pytest.mark.parametrize(("scan_layers", "remat"), [(False, "full"), (True, "none"), (True, "dots"), (True, "full")])
+def test_scan_and_remat_change_no_number(scan_layers, remat):
+    assert_as_plain(dataclasses.replace(PLAIN, scan_layers=scan_layers, remat=remat), TINY)
+
+
+def test_dropout_in_a_scan_is_the_same_and_recomputed_as_it_was():
+    assert_as_plain(dataclasses.replace(PLAIN, scan_layers=True, remat="full"), DROPPED)
+
+
+def test_remat_computes_again_what_it_does_not_keep():
+    flops = {}
+    for remat in ("none", "dots", "full"):
+        compute = dataclasses.replace(PLAIN, scan_layers=True, remat=remat)
+        flops[remat] = gradient(TINY, compute).cost_analysis()["flops"]
+    assert flops["none"] < flops["dots"] < flops["full"]
+
+
+@functools.cache
+def temporary_bytes(layers: str, remat: str) -> int:
+    model = replace(num_layers=4)
+    tokens = np.zeros((32, LENGTH), np.int32)
+    positions = np.zeros((32, 1), np.int32)
+    built = objective(model, Compute.resolve(ComputeConfig(layers=layers, remat=remat)))
+
+    def loss(params):
+        return score_targets(built.logits(params, tokens, tokens + 1, positions), positions)[0].mean()
+
+    return jax.jit(jax.grad(loss)).lower(init(model)).compile(QUICK).memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("layers", ["auto", "scan"])
+def test_remat_saves_memory(layers):
+    assert temporary_bytes(layers, "full") < 0.5 * temporary_bytes("scan", "none")
+
+
+# The parts of the architecture.
+
+
+def layer_norm(x: np.ndarray, params) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    deviation = np.sqrt(np.square(centred).mean(-1, keepdims=True) + TINY.norm_eps)
+    return centred / deviation * params["scale_D"] + params["bias_D"]
+
+
+def by_hand(params, tokens: np.ndarray, token_types: np.ndarray, offset: int = 0) -> np.ndarray:
+    """The encoder on one document, in NumPy and float64; the activation is relu."""
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params["encoder"])
+    tables = params["embeddings"]
+    x = tables["tokens_VD"][tokens] + tables["positions_LD"][offset + np.arange(len(tokens))]
+    x = layer_norm(x + tables["token_types_TD"][token_types], tables["norm"])
+    for index in range(TINY.num_layers):
+        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        weights = layer["attention"]
+        query, key, value = (
+            np.einsum("ld,dhk->hlk", x, weights[f"{name}_DHK"]) + weights[f"{name}_bias_HK"][:, None]
+            for name in ("query", "key", "value")
+        )
+        scores = np.exp(query @ key.transpose(0, 2, 1) / math.sqrt(TINY.head_dim))
+        mixed = scores / scores.sum(-1, keepdims=True) @ value
+        attended = np.einsum("hlk,hkd->ld", mixed, weights["output_HKD"]) + weights["output_bias_D"]
+        x = layer_norm(x + attended, layer["attention_norm"])
+        up = np.maximum(x @ layer["mlp"]["up_DF"] + layer["mlp"]["up_bias_F"], 0)
+        x = layer_norm(x + up @ layer["mlp"]["down_FD"] + layer["mlp"]["down_bias_D"], layer["mlp_norm"])
+    return x
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_the_encoder_is_berts_by_hand(offset):
+    model = replace(activation="relu", position_offset=offset)
+    tokens, _ = make_rows()
+    token_types = (np.arange(LENGTH) > 9).astype(np.int32)
+    params = init(model)
+    assert params["encoder"]["embeddings"]["positions_LD"].shape == (TINY.max_positions + offset, TINY.embed_dim)
+    found = encoder(model)(params, tokens, np.ones_like(tokens), None, np.stack([0 * token_types, token_types]))
+    np.testing.assert_allclose(found[0], by_hand(params, tokens[0], 0 * token_types, offset), atol=1e-4)
+    np.testing.assert_allclose(found[1], by_hand(params, tokens[1], token_types, offset), atol=1e-4)
+
+
+def test_token_types_are_0_unless_given_and_absent_unless_configured():
+    tokens, segment_ids = make_rows()
+    default = encoder()(init(), tokens, segment_ids)
+    np.testing.assert_array_equal(default, encoder()(init(), tokens, segment_ids, None, np.zeros_like(tokens)))
+    assert not np.allclose(default, encoder()(init(), tokens, segment_ids, None, np.ones_like(tokens)), atol=0.1)
+    assert "token_types_TD" not in init(replace(num_token_types=0))["encoder"]["embeddings"]
+
+
+def test_a_tied_table_has_the_gradient_of_both_its_uses():
+    rows, key = make_rows(), jax.random.key(0)
+    params = init()
+    untied = init(replace(tie_embeddings=False))
+    untied["encoder"], untied["head"] = (
+        params["encoder"],
+        params["head"] | {"decoder_VD": params["encoder"]["embeddings"]["tokens_VD"]},
+    )
+    loss, tied_grads = gradient()(params, *rows, key)
+    untied_loss, untied_grads = gradient(replace(tie_embeddings=False))(untied, *rows, key)
+    np.testing.assert_allclose(loss, untied_loss, rtol=1e-6)
+    read, written = untied_grads["encoder"]["embeddings"]["tokens_VD"], untied_grads["head"]["decoder_VD"]
+    assert min(np.abs(np.asarray(grad)).max() for grad in (read, written)) > 1e-3
+    tied = tied_grads["encoder"]["embeddings"]["tokens_VD"]
+    np.testing.assert_allclose(tied, np.asarray(read) + np.asarray(written), atol=1e-6)
+
+
+# Dropout.
+
+
+@jax.jit
+def dropped(x, key):
+    return dropout(x, 0.3, key)
+
+
+def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
+    x = np.full((400, 500), 2.0, np.float32)
+    found = np.asarray(dropped(x, jax.random.key(0)))
+    np.testing.assert_allclose(np.unique(found), [0.0, 2.0 / 0.7], rtol=1e-6)
+    deviation = math.sqrt(0.3 * 0.7 / x.size)
+    assert abs((found == 0).mean() - 0.3) < 5 * deviation
+    # Neither rows nor columns share their mask.
+    assert len(np.unique(found == 0, axis=0)) == 400 and len(np.unique(found == 0, axis=1).T) == 500
+
+
+def test_dropout_is_a_function_of_its_key():
+    x = np.ones((40, 50), np.float32)
+    first, again, other = (np.asarray(dropped(x, jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert 0.3 < (first != other).mean() < 0.55  # 2 · 0.3 · 0.7 of them
+    np.testing.assert_array_equal(dropout(x, 0.3, None), x)
+    np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+
+
+def test_each_dropout_of_a_step_has_a_key_of_its_own(monkeypatch):
+    used = []
+
+    def note(x, rate, key):
+        used.append(key)
+        return x
+
+    for module in ("embeddings", "encoder", "attention"):
+        monkeypatch.setattr(f"mlm_jax.model.{module}.dropout", note)
+
+    @jax.jit
+    def keys(params, key):
+        used.clear()
+        objective(DROPPED).logits(params, *make_rows(), np.zeros((2, 1), np.int32), key)
+        return [jax.random.key_data(key) for key in used]
+
+    found = np.stack(keys(init(), jax.random.key(0)))
+    assert len(np.unique(found, axis=0)) == len(found) == 1 + 3 * TINY.num_layers
+
+
+def test_without_a_key_nothing_is_dropped():
+    rows, layer = make_rows(), replace(num_layers=1)
+    plain = encoder(layer)(init(layer), *rows)
+    for field in ("dropout", "attention_dropout"):
+        model = replace(layer, **{field: 0.5})
+        np.testing.assert_array_equal(encoder(model)(init(layer), *rows), plain)
+        assert not np.allclose(encoder(model)(init(layer), *rows, jax.random.key(0)), plain, atol=0.1)
+
+
+# Precision.
+
+
+def test_bfloat16_leaves_the_norms_in_float32():
+    dtypes = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (jax.tree_util.keystr(path), leaf.dtype), jax.eval_shape(lambda: cast(init(), jnp.bfloat16))
+    )
+    for name, dtype in jax.tree.leaves(dtypes, is_leaf=lambda x: isinstance(x, tuple)):
+        assert dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(jax.eval_shape(objective().init, jax.random.key(0))))
+
+
+def test_a_norm_of_bfloat16_has_statistics_in_float32():
+    x = (100 + np.random.default_rng(0).normal(size=(4, 8, 32))).astype(jnp.bfloat16)
+
+    @jax.jit
+    def norm(x):
+        return LayerNorm(32, 1e-12, rngs=nnx.Rngs(0))(x)
+
+    found = norm(x)
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    assert found.dtype == jnp.bfloat16
+    # The result is rounded once, to 8 bits.
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_bfloat16_computes_what_float32_does_and_ends_in_float32():
+    rows, key = make_rows(), jax.random.key(0)
+    (loss, grads), (rough_loss, rough_grads) = (gradient(TINY, c)(init(), *rows, key) for c in (PLAIN, BFLOAT16))
+    assert rough_loss.dtype == jnp.float32 and encoder(TINY, BFLOAT16)(init(), *rows).dtype == jnp.bfloat16
+    np.testing.assert_allclose(rough_loss, loss, rtol=0.02)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(rough_grads))
+    flat, rough = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (grads, rough_grads))
+    assert flat @ rough / np.linalg.norm(flat) / np.linalg.norm(rough) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "expected"),
+    [
+        ("cpu", "float32", (jnp.float32, False)),
+        ("tpu", "bfloat16", (jnp.bfloat16, True)),
+        ("gpu", "bfloat16", (jnp.bfloat16, True)),
+    ],
+)
+def test_auto_is_resolved_by_platform(platform, dtype, expected):
+    compute = Compute.resolve(ComputeConfig(), platform)
+    assert (compute.dtype, compute.scan_layers) == (jnp.dtype(expected[0]), expected[1])
+    named = Compute.resolve(ComputeConfig(dtype="float32", layers="scan"), platform)
+    assert (named.dtype, named.scan_layers) == (jnp.dtype("float32"), True)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "dtype", "changes", "expected"),
+    [
+        ("cpu", 128, "float32", {}, "xla"),
+        ("gpu", 128, "bfloat16", {}, "cudnn"),
+        ("gpu", 128, "float32", {}, "xla"),
+        ("gpu", 128, "bfloat16", {"attention_dropout": 0.1}, "xla"),
+        ("gpu", 128, "bfloat16", {"num_heads": 8}, "xla"),
+        ("tpu", 128, "bfloat16", {}, "splash"),
+        ("tpu", 120, "bfloat16", {}, "xla"),
+        ("tpu", 128, "bfloat16", {"attention_dropout": 0.1}, "xla"),
+    ],
+)
+def test_attention_is_chosen_by_platform_and_a_slower_one_is_explained(caplog, platform, length, dtype, changes, expected):
+    caplog.set_level("INFO")
+    assert choose_implementation("auto", replace(**changes), length, platform, jnp.dtype(dtype)) == expected
+    assert bool(caplog.records) == (expected == "xla" and platform != "cpu")
+    assert choose_implementation("xla", replace(**changes), length, platform, jnp.dtype(dtype)) == "xla"
+
+
+def test_attention_asked_for_by_name_is_never_replaced():
+    with pytest.raises(UserError, match="='splash' cannot be used: it is a TPU kernel"):
+        choose_implementation("splash", TINY, 128, "cpu", jnp.dtype("bfloat16"))
+    with pytest.raises(UserError, match="it does not take float32"):
+        choose_implementation("cudnn", TINY, 128, "gpu", jnp.dtype("float32"))
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize(
+    ("recipe", "count"), [("bert_base", 109_514_298), ("roberta_base", 124_696_665), ("smoke", 958_336)]
+)
+def test_parameter_counts_of_recipes(recipe, count):
+    cfg = load_config(str(CONFIGS / f"{recipe}.py"))
+    built = MaskedLM(cfg, Compute.resolve(cfg.compute), 0.15)
+    shapes = jax.eval_shape(built.init, jax.random.key(0))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_initial_weights_have_the_published_distribution(truncated):
+    draw = jax.jit(lambda key: weight_init(replace(init_std=0.02, init_truncated=truncated))(key, (300, 300), jnp.float32))
+    weights = np.asarray(draw(jax.random.key(0)))
+    # Cut off at two deviations, a normal distribution keeps 0.8796 of its deviation.
+    assert weights.std() == pytest.approx(0.02 * (0.8796 if truncated else 1.0), rel=0.02)
+    assert (np.abs(weights).max() <= 0.04) == truncated
+    assert abs(weights.mean()) < 5 * 0.02 / 300
+
+
+def test_initial_parameters_are_a_function_of_the_key_and_differ_between_layers():
+    create = jax.jit(objective().init, compiler_options=QUICK)
+    params, again, other = (jax.device_get(create(jax.random.key(seed))) for seed in (0, 0, 1))
+    for (path, leaf), same, different in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(again), jax.tree.leaves(other), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(leaf, same)
+        if "bias" in name or "scale" in name:
+            assert (leaf == float("scale" in name)).all(), name
+            continue
+        assert (leaf != different).mean() > 0.99, name
+        if "layers" in name:
+            assert (leaf[0] != leaf[1]).mean() > 0.99, name
+
+
+@pytest.mark.parametrize(("sizes", "ways"), [((8, 1, 1), 1), ((1, 8, 1), 8), ((2, 2, 2), 4)])
+def test_each_matrix_is_split_over_the_axes_that_are_not_data(sizes, ways):
+    model = ModelConfig(vocab_size=128, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64)
+    mesh = make_mesh(ShardingConfig(*sizes))
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(objective(model).init, jax.random.key(0))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+            name = jax.tree_util.keystr(path)
+            sharding = jax.NamedSharding(mesh, leaf.sharding.spec)
+            share = math.prod(leaf.shape) / math.prod(sharding.shard_shape(leaf.shape))
+            if "bias" in name or "scale" in name or "positions" in name:
+                assert share <= sizes[2], name
+            else:
+                assert share == (sizes[1] if "transform" in name else ways), name

@@ -1,0 +1,558 @@
+"""The train step: one program without detours, the same gradient on any mesh and accumulation, and a loss that is exact.
+
+Layers are scanned, as each program here takes seconds to compile and none to run.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mlm_jax import masking
+from mlm_jax.config import (
+    ComputeConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ShardingConfig,
+    StageConfig,
+    TrainConfig,
+)
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives import Keys, LossSums, Term
+from mlm_jax.objectives.mlm import MaskedLM, score_targets
+from mlm_jax.sharding import ROWS, make_mesh
+from mlm_jax.train.optimizer import learning_rate, make_optimizer
+from mlm_jax.train.state import init_state
+from mlm_jax.train.step import accumulate_gradients, make_train_step
+
+BATCH, LENGTH, VOCAB, LOG_EVERY = 32, 24, 256, 3
+SLOTS = masking.num_slots(LENGTH, 0.15)
+CFG = Config(
+    name="tiny",
+    model=ModelConfig(vocab_size=VOCAB, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64, max_positions=LENGTH),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9),
+    stages=(StageConfig(steps=100, seq_len=LENGTH, batch_size=BATCH),),
+    compute=ComputeConfig(layers="scan"),
+    train=TrainConfig(log_every=LOG_EVERY),
+)
+TABLES = masking.VocabTables.from_arrays(
+    mask_id=4, special_ids=np.arange(5), word_starts=np.ones(VOCAB - 6, bool), vocab_size=VOCAB
+)
+MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "fsdp": (1, 8, 1), "2x4": (2, 4, 1), "4x2": (4, 2, 1), "2x2x2": (2, 2, 2)}
+# Compiles in a fifth of the time, for speed that nothing here needs. jax 0.12 has no fusion emitters to turn off.
+QUICK = {"xla_backend_optimization_level": 0}
+QUICK |= {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
+NAMES = ("mlm", "accuracy")
+BAD_LOSS, BAD_GRADIENT = 10_000, 20_000  # example ids at which `Spiky` breaks
+
+
+@dataclasses.dataclass(frozen=True)
+class Spiky(MaskedLM):
+    """The objective, but for a loss that is NaN, or a gradient whose norm overflows, in batches with certain examples."""
+
+    def loss(self, params, batch, keys, vocab) -> LossSums:
+        sums = super().loss(params, batch, keys, vocab)
+        is_bad_loss, is_bad_gradient = (batch["example_ids"][0] == bad for bad in (BAD_LOSS, BAD_GRADIENT))
+        bias = params["head"]["output_bias_V"].sum()
+        extra = jnp.where(is_bad_loss, jnp.nan, 0.0) + jnp.where(is_bad_gradient, 3e38, 0.0) * (
+            bias - jax.lax.stop_gradient(bias)
+        )
+        term = sums.losses["mlm"]
+        return dataclasses.replace(sums, losses={"mlm": Term(term.sum + extra, term.weight)})
+
+
+def make_rows(seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of two segments with fills from none to all, so that no two devices have as much to predict."""
+    rng = np.random.default_rng(seed)
+    tokens, segment_ids = np.zeros((2, BATCH, LENGTH), np.int32)
+    for row in range(BATCH):
+        end = round(row * LENGTH / (BATCH - 1))
+        if end < 4:
+            continue
+        middle = rng.integers(2, end - 1)
+        for segment, (first, last) in enumerate([(0, middle), (middle, end)], start=1):
+            tokens[row, first:last] = [2, *rng.integers(5, VOCAB - 6, last - first - 2), 3]
+            segment_ids[row, first:last] = segment
+    ids = rng.integers(0, 1000, BATCH).astype(np.int32)
+    return {"tokens": tokens, "segment_ids": segment_ids, "example_ids": ids, "epochs": np.full(BATCH, 2, np.int32)}
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    sizes = MESHES[name]
+    return make_mesh(ShardingConfig(*sizes), jax.devices()[: math.prod(sizes)])
+
+
+def on_devices(rows: dict[str, np.ndarray], mesh: jax.sharding.Mesh):
+    return jax.device_put(rows, jax.NamedSharding(mesh, jax.P(ROWS)))
+
+
+def tables_on(mesh: jax.sharding.Mesh):
+    return jax.device_put(TABLES, jax.NamedSharding(mesh, jax.P()))
+
+
+def objective(cfg: Config = CFG, cls=MaskedLM) -> MaskedLM:
+    return cls(cfg, Compute.resolve(cfg.compute), cfg.masking.rate)
+
+
+@functools.cache
+def parameters():
+    """The same parameters for every mesh, on the host, larger than initial ones so that every gradient matters."""
+    with jax.set_mesh(mesh_of("1")):
+        shapes = jax.eval_shape(objective().init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        mean = float("scale" in jax.tree_util.keystr(path))
+        return rng.normal(mean, 0.1, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def parameters_on(mesh: jax.sharding.Mesh):
+    shapes = jax.eval_shape(objective().init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, jax.NamedSharding(mesh, like.sharding.spec)), parameters(), shapes
+    )
+
+
+@pytest.fixture
+def one():
+    """A mesh of one device, set."""
+    mesh = mesh_of("1")
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+class Program:
+    """A jitted step and what it is called with."""
+
+    def __init__(self, mesh_name: str, accumulation: int = 1, cls=MaskedLM):
+        self.mesh, self.traces = mesh_of(mesh_name), 0
+        self.optimizer, schedule = make_optimizer(CFG), learning_rate(CFG)
+        self.objective = objective(cls=cls)
+
+        def counted(step):
+            self.traces += 1
+            return schedule(step)
+
+        stage = dataclasses.replace(CFG.stages[0], accumulation=accumulation)
+        self.step = make_train_step(CFG, stage, self.objective, self.optimizer, counted)
+
+    @functools.cached_property
+    def _create(self):
+        def create(params):
+            return init_state(params, self.optimizer, ema=True, names=NAMES)
+
+        return jax.jit(create, compiler_options=QUICK)
+
+    def state(self):
+        return self._create(parameters_on(self.mesh))
+
+    def batch(self, seed: int = 0, **changes):
+        return on_devices(make_rows(seed) | changes, self.mesh)
+
+    @functools.cached_property
+    def compiled(self):
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state(), self.batch(), tables_on(self.mesh)).compile(QUICK)
+
+    @functools.cached_property
+    def lines(self) -> list[str]:
+        """The compiled program's instructions."""
+        return [line for line in self.compiled.as_text().splitlines() if re.match(r"\s+(ROOT )?%?[\w.-]+ = ", line)]
+
+
+@functools.cache
+def program(mesh_name: str, accumulation: int = 1, cls=MaskedLM) -> Program:
+    return Program(mesh_name, accumulation, cls)
+
+
+def spiky() -> Program:
+    """The program that most tests run: on one device, with losses that can be broken."""
+    return program("1", cls=Spiky)
+
+
+def shapes_of(text: str) -> list[tuple[int, ...]]:
+    """The shapes of all arrays that are named in a piece of HLO."""
+    found = re.findall(r"\b(?:pred|[suf]\d+|bf16)\[([\d,]*)\]", text)
+    return [tuple(int(size) for size in shape.split(",") if size) for shape in found]
+
+
+def result_of(line: str, kind: str) -> list[tuple[int, ...]]:
+    """The shapes that an instruction of this kind results in."""
+    return shapes_of(re.split(rf" {kind}(?:-start)?\(", line)[0])
+
+
+def with_kind(lines: list[str], kind: str) -> list[str]:
+    return [line for line in lines if re.search(rf" {kind}(?:-start)?\(", line)]
+
+
+# One program.
+
+
+def test_steps_are_traced_and_compiled_once_and_need_nothing_from_the_host(one):
+    run = spiky()
+    state, vocab = run.state(), tables_on(one)
+    for step in range(4):
+        batch = run.batch(step)
+        with jax.transfer_guard("disallow"):
+            state, metrics = run.step(state, batch, vocab)
+    assert (run.traces, run.step._cache_size()) == (1, 1)
+    assert int(state.step) == 4 and np.isfinite(metrics["grad_norm"])
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed host-to-device transfer"):
+        jnp.add(make_rows()["tokens"], 1)
+
+
+@pytest.mark.parametrize(("mesh_name", "accumulation"), [("1", 1), ("1", 2), ("8", 1), ("2x2x2", 1)])
+def test_no_array_has_logits_of_every_position(mesh_name, accumulation):
+    run, tensor = program(mesh_name, accumulation), MESHES[mesh_name][-1]
+    rows = BATCH // accumulation // (run.mesh.size // tensor)  # on one device at a time
+    sizes = {math.prod(shape) for line in run.lines for shape in shapes_of(line)}
+    assert rows * SLOTS * VOCAB // tensor in sizes  # those of the predicted positions
+    assert max(sizes) < rows * LENGTH * VOCAB // tensor
+
+
+def test_that_check_would_find_them(one):
+    params, built = parameters_on(one), objective()
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def everywhere(params, tokens, segment_ids):
+        positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None], tokens.shape)
+        return score_targets(built.logits(params, tokens, segment_ids, positions), tokens)[0].mean()
+
+    batch = on_devices(make_rows(), one)
+    text = everywhere.lower(params, batch["tokens"], batch["segment_ids"]).compile().as_text()
+    assert max(math.prod(shape) for shape in shapes_of(text)) >= BATCH * LENGTH * VOCAB
+
+
+@pytest.mark.parametrize(("mesh_name", "accumulation"), [("1", 1), ("1", 2), ("8", 1), ("fsdp", 1), ("2x2x2", 1)])
+def test_the_program_never_calls_the_host(mesh_name, accumulation):
+    lines = program(mesh_name, accumulation).lines
+    assert len(lines) > 500
+    for kind in ("infeed", "outfeed", "send", "recv"):
+        assert not with_kind(lines, kind)
+    targets = {target for line in lines for target in re.findall(r'custom_call_target="([^"]*)"', line)}
+    assert not [target for target in targets if re.search("python|callback|host", target, re.IGNORECASE)]
+
+
+# What each mesh has to communicate, and nothing else: gradients and sums over rows; parameters that fsdp has split;
+# partial results of layers that tensor has split, and one transposition of a weight split over another axis there.
+COLLECTIVES = {
+    "1": set(),
+    "8": {"all-reduce"},
+    "fsdp": {"all-reduce", "all-gather"},
+    "2x2x2": {"all-reduce", "all-gather", "collective-permute"},
+}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+
+
+@pytest.mark.parametrize("mesh_name", COLLECTIVES)
+def test_the_collectives_of_each_mesh(mesh_name):
+    lines = program(mesh_name).lines
+    assert {kind for kind in KINDS if with_kind(lines, kind)} == COLLECTIVES[mesh_name]
+
+
+def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums():
+    lines = with_kind(program("8").lines, "all-reduce")
+    found = collections.Counter(math.prod(shape) for line in lines for shape in result_of(line, "all-reduce"))
+    assert found.pop(1) < 20
+    weights = parameters()
+    layers = [leaf.size for leaf in jax.tree.leaves(weights["encoder"]["layers"])]
+    expected = collections.Counter(leaf.size for leaf in jax.tree.leaves(weights))
+    expected -= collections.Counter(layers)
+    expected += collections.Counter(size // CFG.model.num_layers for size in layers)  # in the loop over layers
+    expected[VOCAB * CFG.model.embed_dim] += 1  # the tied table is read and written: each of its uses has a gradient
+    assert found == expected
+
+
+def test_sharded_parameters_are_gathered_and_activations_are_not():
+    shapes = [shape for line in with_kind(program("fsdp").lines, "all-gather") for shape in result_of(line, "all-gather")]
+    weights = {leaf.size for leaf in jax.tree.leaves(parameters())}
+    weights |= {leaf.size // 2 for leaf in jax.tree.leaves(parameters()["encoder"]["layers"])}  # one layer's
+    assert shapes and {math.prod(shape) for shape in shapes} <= weights
+
+
+def test_micro_batches_are_weighed_by_masking_alone():
+    # The pass that counts predictions before the first backward pass must not compute the model a second time.
+    dots = [len(with_kind(program("1", accumulation).lines, "dot")) for accumulation in (1, 2)]
+    assert dots[0] == dots[1] > 10
+
+
+# The state.
+
+
+def test_the_state_is_donated_and_metrics_outlive_it(one):
+    run = spiky()
+    state, vocab = run.state(), tables_on(one)
+    after, metrics = run.step(state, run.batch(), vocab)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    run.step(after, run.batch(1), vocab)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(metrics)))
+    header = program("1").compiled.as_text().split("\n", 1)[0]
+    assert len(re.findall(r"(?:may|must)-alias", header)) == len(jax.tree.leaves(state))
+
+
+def test_an_update_moves_every_parameter_and_the_average_follows(one):
+    run = spiky()
+    state, vocab = run.state(), tables_on(one)
+    state, _ = run.step(state, run.batch(0), vocab)  # the first has a learning rate of 0
+    before = jax.device_get((state.params, state.ema))
+    state, metrics = run.step(state, run.batch(1), vocab)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.5e-2)
+    after = jax.device_get((state.params, state.ema))
+    for (path, old), new, old_ema, new_ema in zip(
+        jax.tree_util.tree_leaves_with_path(before[0]), *map(jax.tree.leaves, (after[0], before[1], after[1])), strict=True
+    ):
+        assert (old != new).mean() > 0.5, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(new_ema, 0.9 * old_ema + 0.1 * new, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [BAD_LOSS, BAD_GRADIENT])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(one, bad):
+    run, vocab = spiky(), tables_on(one)
+    state, _ = run.step(run.state(), run.batch(0), vocab)
+    kept = jax.tree.map(np.array, (state.params, list(state.opt_state[:-1]), state.ema))
+    sums = jax.device_get(state.interval)
+    ids = make_rows()["example_ids"]
+    ids[0] = bad
+    for count in (1, 2):
+        state, metrics = run.step(state, run.batch(1, example_ids=ids), vocab)
+        assert int(state.step) == 1 + count and int(state.nonfinite) == int(metrics["nonfinite"]) == count
+    assert not np.isfinite(metrics["grad_norm"]) or bad == BAD_LOSS
+    *moments, last = state.opt_state
+    assert isinstance(last, optax.ScaleByScheduleState) and int(last.count) == int(state.step)  # time goes on
+    for old, new in zip(*map(jax.tree.leaves, (kept, (state.params, moments, state.ema))), strict=True):
+        assert np.asarray(new).tobytes() == old.tobytes()
+    # Neither the loss nor its weight entered the means of the log line.
+    interval = jax.device_get(metrics["interval"])
+    assert (interval["mlm"], interval["accuracy"]) == (sums["mlm"], sums["accuracy"])
+    assert interval["skipped"] == (2.0, 3.0)
+
+    state, metrics = run.step(state, run.batch(2), vocab)
+    assert int(state.nonfinite) == 0 and np.isfinite(metrics["grad_norm"])
+    assert (np.asarray(state.params["head"]["transform_DD"]) != kept[0]["head"]["transform_DD"]).mean() > 0.5
+
+
+def test_the_rate_that_is_logged_is_the_rate_that_was_used(one):
+    """Also after an update was skipped: the logged rate and the optimizer's must not drift apart."""
+    run, vocab = spiky(), tables_on(one)
+    ids = make_rows()["example_ids"]
+    ids[0] = BAD_LOSS
+    state, _ = run.step(run.state(), run.batch(1, example_ids=ids), vocab)
+    before = np.asarray(state.params["head"]["transform_DD"])
+    state, metrics = run.step(state, run.batch(), vocab)
+    moved = np.abs(np.asarray(state.params["head"]["transform_DD"]) - before).max()
+    # Adam's first update is about as large as the rate, and a rate of 0 moves nothing.
+    assert (moved > 0) == (float(metrics["learning_rate"]) > 0)
+
+
+def test_interval_sums_are_those_of_the_steps_since_the_last_log_line(one):
+    run, vocab = spiky(), tables_on(one)
+    key = jax.random.key(CFG.seed)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def measure(params, batch):
+        return run.objective.loss(params, batch, Keys(key, None), vocab)
+
+    state, expected = run.state(), {name: np.zeros(2) for name in NAMES}
+    for step in range(1, 2 * LOG_EVERY + 1):
+        sums = measure(state.params, run.batch(step))
+        for name, term in (sums.losses | sums.metrics).items():
+            expected[name] += np.asarray(term)
+        state, metrics = run.step(state, run.batch(step), vocab)
+        interval = jax.device_get(metrics["interval"])
+        for name in NAMES:
+            np.testing.assert_allclose(interval[name], expected[name], rtol=1e-5)
+        if step % LOG_EVERY == 0:
+            assert interval["skipped"] == (0.0, float(LOG_EVERY))
+            expected = {name: np.zeros(2) for name in NAMES}
+
+
+def test_interval_shapes_are_those_of_the_rows(one):
+    run, vocab = spiky(), tables_on(one)
+    _, metrics = run.step(run.state(), run.batch(), vocab)
+    means = {name: term.sum / term.weight for name, term in jax.device_get(metrics["interval"]).items()}
+    segment_ids = make_rows()["segment_ids"]
+    lengths = np.concatenate([np.bincount(row, minlength=3)[1:] for row in segment_ids])
+    tokens = lengths.sum()
+    assert means["tokens"] == tokens
+    assert means["row_fill"] == pytest.approx(tokens / segment_ids.size)
+    assert means["segment_length"] == pytest.approx((lengths**2).sum() / tokens)  # as a token sees it
+    assert means["predicted"] == pytest.approx(metrics["interval"]["mlm"].weight / tokens)
+
+
+# The gradient.
+
+
+@functools.cache
+def gradient(mesh_name: str, accumulation: int):
+    """The compiled (params, batch, vocab) -> gradient and sums."""
+    mesh, built = mesh_of(mesh_name), objective()
+
+    @jax.jit
+    def grad(params, batch, vocab):
+        def loss(params, micro, key):
+            return built.loss(params, micro, Keys(jax.random.key(0), key), vocab)
+
+        return accumulate_gradients(loss, params, batch, None, accumulation)
+
+    with jax.set_mesh(mesh):
+        arguments = parameters_on(mesh), on_devices(make_rows(), mesh), tables_on(mesh)
+        return grad.lower(*arguments).compile(QUICK)
+
+
+def gradient_of(rows: dict[str, np.ndarray], mesh_name: str = "1", accumulation: int = 1):
+    """On the host: the gradient and the sums of a batch."""
+    mesh = mesh_of(mesh_name)
+    with jax.set_mesh(mesh):
+        found = gradient(mesh_name, accumulation)(parameters_on(mesh), on_devices(rows, mesh), tables_on(mesh))
+        return jax.device_get(found)
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "accumulation"),
+    [("1", 2), ("1", 4), ("8", 1), ("fsdp", 1), ("2x4", 1), ("4x2", 1), ("2x2x2", 1), ("2x2x2", 4)],
+)
+def test_a_batch_has_one_gradient_on_any_mesh_and_accumulation(mesh_name, accumulation):
+    expected, expected_sums = gradient_of(make_rows())
+    found, sums = gradient_of(make_rows(), mesh_name, accumulation)
+    assert sums.losses["mlm"].weight == expected_sums.losses["mlm"].weight > 50
+    np.testing.assert_allclose(sums.losses["mlm"].sum, expected_sums.losses["mlm"].sum, rtol=1e-6)
+    for (path, grad), other in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+        # Float32 has 24 bits, of which sums of thousands of terms in another order lose up to 8.
+        scale = np.abs(grad).max()
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(other, grad, atol=2e-5 * scale + 1e-8, rtol=0, err_msg=name)
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_masked_tokens_of_the_batch():
+    """Not of a mean of the rows' means: halves of a batch add up by their weights."""
+    rows = make_rows()
+    halves = []
+    for half in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)):
+        part = {name: array.copy() for name, array in rows.items()}
+        part["segment_ids"][:] = 0
+        part["segment_ids"][half] = rows["segment_ids"][half]
+        halves.append(gradient_of(part))
+    whole, sums = gradient_of(rows)
+    weights = [part.losses["mlm"].weight for _, part in halves]
+    assert sum(weights) == sums.losses["mlm"].weight and weights[1] > 2 * weights[0]
+    np.testing.assert_allclose(sum(part.losses["mlm"].sum for _, part in halves), sums.losses["mlm"].sum, rtol=1e-5)
+    expected = jax.tree.map(lambda a, b: (weights[0] * a + weights[1] * b) / sum(weights), halves[0][0], halves[1][0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-8), expected, whole)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_padding_rows_count_for_nothing(accumulation):
+    rows = make_rows()
+    rows["segment_ids"][:] = 0
+    grads, sums = gradient_of(rows, "1", accumulation)
+    assert (sums.losses["mlm"], sums.metrics["accuracy"]) == ((0.0, 0.0), (0.0, 0.0))
+    assert all((grad == 0).all() for grad in jax.tree.leaves(grads))
+
+    rows = make_rows()
+    other = {name: array.copy() for name, array in rows.items()}
+    empty = rows["segment_ids"].sum(1) == 0
+    other["tokens"][empty], other["example_ids"][empty] = 77, 5
+    assert 2 <= empty.sum() < BATCH / 2
+    a, b = (gradient_of(each, "1", accumulation) for each in (rows, other))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_only_hidden_states_that_are_predicted_from_have_a_gradient(one, monkeypatch):
+    from mlm_jax.model.heads import gather_positions
+
+    built, rows = objective(), on_devices(make_rows(), one)
+    key = jax.random.key(0)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def grad(delta_BLD, params, batch, vocab):
+        def loss(delta_BLD):
+            monkeypatch.setattr(
+                "mlm_jax.objectives.mlm.gather_positions",
+                lambda hidden_BLD, positions_BP: gather_positions(hidden_BLD + delta_BLD, positions_BP),
+            )
+            return built.loss(params, batch, Keys(key, None), vocab).losses["mlm"].mean()
+
+        return jax.grad(loss)(delta_BLD)
+
+    delta = jax.device_put(np.zeros((BATCH, LENGTH, CFG.model.embed_dim), np.float32), jax.NamedSharding(one, jax.P(ROWS)))
+    found = np.asarray(grad(delta, parameters_on(one), rows, tables_on(one)))
+    masked = built._mask(rows, key, tables_on(one), CFG.masking, CFG.masking.rate)
+    chosen = np.zeros((BATCH, LENGTH), bool)
+    for row, positions, weights in zip(chosen, *map(np.asarray, (masked.positions_BP, masked.weights_BP)), strict=True):
+        row[positions[weights > 0]] = True
+    assert 50 < chosen.sum() < 0.15 * BATCH * LENGTH
+    assert (found[~chosen] == 0).all()
+    assert (np.abs(found[chosen]).max(-1) > 0).all()
+
+
+# The loss.
+
+
+def test_cross_entropy_by_hand(one):
+    log = np.log(np.array([[1, 2, 5], [1, 2, 5], [1, 2, 5], [3, 3, 2]], np.float32))[None]
+    targets = np.array([[0, 1, 2, 1]], np.int32)
+    expected = np.log([[8.0, 4.0, 8 / 5, 8 / 3]])
+    for shift in (0.0, 1e4, -1e4):
+        nll, correct = score_targets(jnp.asarray(log + np.float32(shift)), targets)
+        # Float32 keeps three decimals of numbers around 10,000.
+        np.testing.assert_allclose(nll, expected, atol=1e-6 if shift == 0 else 2e-3)
+        if shift == 0:
+            np.testing.assert_array_equal(correct, [[0, 0, 1, 1]])
+    nll, _ = score_targets(jnp.asarray([[[0.0, 1e4, -1e4]]]), np.array([[2]], np.int32))
+    np.testing.assert_array_equal(nll, [[2e4]])
+
+
+def test_the_gradient_of_cross_entropy_is_the_softmax_less_the_target(one):
+    logits = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32) * 3
+    targets = np.array([[0, 1, 6], [3, 3, 2]], np.int32)
+    found = jax.jit(jax.grad(lambda x: score_targets(x, targets)[0].sum()))(logits)
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, softmax - np.eye(7)[targets], atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_masked_positions_of_logits_everywhere(one):
+    built, rows, vocab = objective(), on_devices(make_rows(), one), tables_on(one)
+    params, key = parameters_on(one), jax.random.key(0)
+    masked = jax.device_get(built._mask(rows, key, vocab, CFG.masking, CFG.masking.rate))
+    everywhere = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
+    logits = np.asarray(
+        jax.jit(built.logits, compiler_options=QUICK)(params, masked.inputs_BL, rows["segment_ids"], everywhere), np.float64
+    )
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    total = hits = count = 0
+    for row in range(BATCH):
+        for position, weight in zip(masked.positions_BP[row], masked.weights_BP[row], strict=True):
+            target = make_rows()["tokens"][row, position]
+            total -= weight * log_softmax[row, position, target]
+            hits += weight * (logits[row, position].argmax() == target)
+            count += weight
+    _, sums = gradient_of(make_rows())
+    np.testing.assert_allclose(sums.losses["mlm"], (total, count), rtol=1e-5)
+    np.testing.assert_array_equal(sums.metrics["accuracy"], (hits, count))
+
+
+def test_dropout_is_the_same_on_any_mesh():
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, dropout=0.2, attention_dropout=0.2))
+    losses = []
+    for name in ("1", "2x2x2"):
+        mesh, built = mesh_of(name), objective(cfg)
+        with jax.set_mesh(mesh):
+
+            @functools.partial(jax.jit, compiler_options=QUICK)
+            def loss(params, batch, vocab, built=built):
+                return built.loss(params, batch, Keys(jax.random.key(0), jax.random.key(1)), vocab).losses["mlm"].mean()
+
+            losses.append(float(loss(parameters_on(mesh), on_devices(make_rows(), mesh), tables_on(mesh))))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    _, sums = gradient_of(make_rows())
+    assert abs(losses[0] - sums.losses["mlm"].sum / sums.losses["mlm"].weight) > 1e-3
