@@ -11,8 +11,8 @@ Reference topology: TPU v5e-64 (8x8), 16 rows a chip in each of 2 micro-batches.
 Sources: [Y] facebookresearch/fairseq:examples/roberta/config/pretraining/base.yaml, [E] README.pretraining.md above it,
 [M] fairseq/models/roberta/model.py, [T] fairseq/tasks/masked_lm.py and data/mask_tokens_dataset.py, [L] fairseq/modules
 (layer_norm.py, transformer_sentence_encoder.py); [P] from the paper, unchecked.
-It differs in this: rows are packed documents that do not see each other; norms and biases do not decay (fairseq decays
-every parameter); the 15% are an exact count, where fairseq rounds at random.
+It differs in this: rows are packed documents that do not see each other; the 15% are an exact count, where fairseq rounds
+at random.
 """
 
 import ml_collections
@@ -58,6 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "b2": 0.98,  # [Y]
                 "eps": 1e-6,  # [Y]
                 "weight_decay": 0.01,  # [Y]
+                "decay_norms_and_biases": True,  # fairseq:fairseq/optim/__init__.py has one group
                 "bias_correction": True,  # fairseq/optim/adam.py
                 "clip_norm": 0.0,  # [Y]
             },

@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "b2": 0.98,  # [C]
                 "eps": 1e-6,  # [C]
                 "weight_decay": 0.01,  # [C]
+                "decay_norms_and_biases": True,  # fairseq:fairseq/optim/__init__.py has one group
                 "bias_correction": True,  # [B]
                 "clip_norm": 0.0,  # [P]
             },

@@ -2,7 +2,7 @@
 # Everything that a change has to pass: format, lint, types, tests. Arguments go to pytest.
 #
 #   bash launch/test.sh                     all of it
-#   bash launch/test.sh -m "not slow"       without the long tests
+#   bash launch/test.sh -m slow             only the long proofs, which the default run leaves out
 #   JAX_PLATFORMS= bash launch/test.sh      the tests on the machine's accelerator instead of the CPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,6 @@
 """Checkpoints: exact, readable on any mesh, and never the end of a run because the newest one is damaged."""
 
-import json
+import functools
 import logging
 import pathlib
 import resource
@@ -29,20 +29,20 @@ def mesh():
         yield
 
 
+@functools.partial(jax.jit, static_argnames=("ema", "size"))
+def create(*, ema: bool, size: int):
+    shapes = {"table_VD": (size, 8), "layers": {"kernel_NDF": (3, 8, 4), "bias_NF": (3, 4)}}
+    params = jax.tree.map(
+        lambda shape, spec: jnp.zeros(shape, jnp.float32, out_sharding=spec),
+        shapes,
+        SPECS,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return init_state(params, OPTIMIZER, ema=ema, names=("mlm", "accuracy"))
+
+
 def make_state(step: int = 0, *, ema: bool = True, size: int = 64):
     """A state in its shardings on the current mesh, with other numbers at every step, none of which is a round one."""
-
-    @jax.jit
-    def create():
-        shapes = {"table_VD": (size, 8), "layers": {"kernel_NDF": (3, 8, 4), "bias_NF": (3, 4)}}
-        params = jax.tree.map(
-            lambda shape, spec: jnp.zeros(shape, jnp.float32, out_sharding=spec),
-            shapes,
-            SPECS,
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
-        return init_state(params, OPTIMIZER, ema=ema, names=("mlm", "accuracy"))
-
     rng = np.random.default_rng(step)
 
     def draw(leaf):
@@ -50,7 +50,7 @@ def make_state(step: int = 0, *, ema: bool = True, size: int = 64):
             return jax.device_put(np.full(leaf.shape, step, leaf.dtype), leaf.sharding)
         return jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
 
-    return jax.tree.map(draw, create())
+    return jax.tree.map(draw, create(ema=ema, size=size))
 
 
 def abstract(state):
@@ -158,17 +158,6 @@ def test_the_newest_are_kept_and_the_rest_deleted(workdir):
     assert restore(workdir, keep=2)[1] == 20
 
 
-def test_a_step_can_be_saved_again(two):
-    """A run that went back to an earlier checkpoint reaches the same step anew."""
-    checkpoints = Checkpoints(two, keep=5)
-    checkpoints.save(make_state(3), 2)
-    assert checkpoints.last_step == 2
-    checkpoints.close()
-    state, step = restore(two)
-    assert step == 2
-    assert_same(state, make_state(3))
-
-
 def test_a_checkpoint_that_was_not_finished_does_not_count(two):
     newest = pathlib.Path(two.checkpoints) / "2"
     shutil.copytree(newest, newest.parent / "3.orbax-checkpoint-tmp")
@@ -177,7 +166,9 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(two):
     assert_same(state, make_state(2))
 
 
-# Damage.
+# Damage. When one array cannot be read, Orbax leaves the coroutines of the others behind, and Python complains of each.
+
+dropped = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def files_of(checkpoint: pathlib.Path) -> list[str]:
@@ -194,14 +185,10 @@ def flip(path: pathlib.Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = {
-    "truncated": truncate,
-    "deleted": pathlib.Path.unlink,
-    "flipped": flip,
-    "emptied": lambda path: path.write_bytes(b""),
-}
+DAMAGES = {"truncated": truncate, "deleted": pathlib.Path.unlink, "flipped": flip}
 
 
+@dropped
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_to_any_file_is_harmless_or_noticed(written, tmp_path, damage, caplog):
     """Each file in turn: the state that comes back is the newest one, whole, or the one before it."""
@@ -218,14 +205,16 @@ def test_damage_to_any_file_is_harmless_or_noticed(written, tmp_path, damage, ca
     assert any(noticed) and sum("checkpoint 2 cannot be read" in message for message in caplog.messages) == sum(noticed)
 
 
-def biggest(workdir: Workdir, step: int) -> pathlib.Path:
-    files = (path for path in (pathlib.Path(workdir.checkpoints) / str(step)).rglob("*") if path.is_file())
-    return max(files, key=lambda path: path.stat().st_size)
+def data_of(workdir: Workdir, step: int, part: str = "params") -> pathlib.Path:
+    """The file with the arrays of one part."""
+    (file,) = (pathlib.Path(workdir.checkpoints) / str(step) / part / "d").iterdir()
+    return file
 
 
+@dropped
 def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_run_goes_on(two, caplog):
     caplog.set_level(logging.ERROR)
-    truncate(biggest(two, 2))
+    truncate(data_of(two, 2))
     checkpoints = Checkpoints(two, keep=5)
     state, step = checkpoints.restore(abstract(make_state()))
     assert step == 1 == checkpoints.last_step
@@ -237,23 +226,39 @@ def test_a_damaged_checkpoint_is_reported_and_set_aside_and_the_run_goes_on(two,
     checkpoints.save(make_state(2), 2)
     checkpoints.close()
     assert restore(two)[1] == 2
-    truncate(biggest(two, 2))
+    truncate(data_of(two, 2))
     assert restore(two)[1] == 1
 
 
+@dropped
+@pytest.mark.parametrize(
+    "make", [pathlib.Path.mkdir, lambda path: (path / "params").mkdir(parents=True), pathlib.Path.touch]
+)
+def test_what_is_no_checkpoint_is_in_nobodys_way(two, make):
+    make(pathlib.Path(two.checkpoints) / "3")
+    checkpoints = Checkpoints(two, keep=5)
+    assert checkpoints.restore(abstract(make_state()))[1] == 2
+    checkpoints.save(make_state(3), 3)
+    checkpoints.close()
+    assert restore(two)[1] == 3
+
+
+@dropped
 def test_a_missing_part_is_damage(two):
     shutil.rmtree(pathlib.Path(two.checkpoints) / "2" / "rest")
     assert restore(two)[1] == 1
 
 
+@dropped
 def test_when_every_checkpoint_is_damaged_the_machine_is_to_blame(two):
     for step in (1, 2):
-        truncate(biggest(two, step))
-    with pytest.raises(MachineError, match=r"none of the checkpoints \[2, 1\] can be read.*damaged_checkpoints"):
+        truncate(data_of(two, step))
+    with pytest.raises(MachineError, match=r"no checkpoint in .*checkpoints can be read \(checkpoint 2 cannot be read"):
         restore(two)
-    assert sorted(path.name for path in pathlib.Path(two.damaged).iterdir()) == ["1", "2"]
+    assert steps_in(two) == [1, 2]  # left to their owner
 
 
+@dropped
 def test_a_checkpoint_of_another_model_is_not_damaged(two):
     """Nothing must be moved away because a config was changed."""
     with pytest.raises((UserError, MachineError)):
@@ -261,6 +266,7 @@ def test_a_checkpoint_of_another_model_is_not_damaged(two):
     assert steps_in(two) == [1, 2]
 
 
+@dropped
 def test_a_disk_that_is_full(two):
     """A limit on the size of files stands for it: writing fails in the middle."""
     checkpoints = Checkpoints(two, keep=5)
@@ -307,19 +313,9 @@ def test_loading_from_a_run_without_checkpoints_is_a_users_mistake(workdir):
         load_params(workdir, abstract_params())
 
 
+@dropped
 def test_loading_damaged_parameters_is_a_fault_of_the_machine(two):
-    shutil.rmtree(pathlib.Path(two.checkpoints) / "2" / "ema" / "d", ignore_errors=True)
-    truncate(biggest(two, 2))
-    for path in (pathlib.Path(two.checkpoints) / "2" / "ema").rglob("*"):
-        if path.is_file():
-            truncate(path)
-    with pytest.raises(MachineError, match="checkpoint 2 of .* cannot be read"):
+    truncate(data_of(two, 2, "ema"))
+    with pytest.raises(MachineError, match=r"checkpoint 2 of .* cannot be read"):
         load_params(two, abstract_params())
     assert steps_in(two) == [1, 2]  # looking at a run moves nothing
-
-
-def test_a_checkpoint_says_in_json_what_it_holds(two):
-    """Which parts there are can be told without reading the arrays."""
-    names = {path.name for path in (pathlib.Path(two.checkpoints) / "2").iterdir() if path.is_dir()}
-    assert {"params", "ema", "rest"} <= names
-    assert json.loads((pathlib.Path(two.checkpoints) / "2" / "_CHECKPOINT_METADATA").read_text())

@@ -19,7 +19,7 @@ NAMES = [path.stem for path in RECIPES]
 # Parameters, and tokens in a step of each stage.
 SIZES = {
     "smoke": (958_336, [4_096]),
-    "bert_mini": (5_462_272, [4_096]),
+    "bert_mini": (5_462_272, [2_048]),
     "bert_base": (109_514_298, [32_768, 131_072]),
     "bert_large": (335_174_458, [32_768, 131_072]),
     "bert_large_lamb": (335_174_458, [8_388_608, 16_777_216]),
@@ -30,7 +30,7 @@ SIZES = {
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
 RATES = {
     "smoke": {0: 0.0, 30: 1.5e-3, 60: 3e-3, 330: 1.5e-3, 600: 0.0},
-    "bert_mini": {120: 5e-4, 240: 1e-3, 1_320: 5e-4, 2_400: 0.0},
+    "bert_mini": {240: 5e-4, 480: 1e-3, 2_640: 5e-4, 4_800: 0.0},
     "bert_base": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 900_000: 1e-4 * 100 / 990, 1_000_000: 0.0},
     "bert_large": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 1_000_000: 0.0},
     "bert_large_lamb": {2_001: 6e-3, 7_037: 6e-3 / 5_037, 7_038: 0.0, 7_138: 2e-3, 7_238: 4e-3, 8_601: 0.0},

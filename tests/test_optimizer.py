@@ -120,6 +120,8 @@ def test_norms_and_biases_never_decay():
     assert paths(optimizer.decay_mask(make_tree(0))) == expected
     without = {path for path in expected if "embeddings" not in path}
     assert paths(optimizer.decay_mask(make_tree(0), embeddings=False)) == without
+    everything = paths(jax.tree.map(lambda _: True, make_tree(0)))
+    assert paths(optimizer.decay_mask(make_tree(0), norms_and_biases=True)) == everything
 
 
 def test_every_matrix_and_table_of_the_model_decays():

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,17 @@ def one():
         yield mesh
 
 
+class Instruction(NamedTuple):
+    """A line of HLO: `result = kind(operands), attributes`."""
+
+    result: str
+    kind: str
+    rest: str
+
+
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][\w-]*?)(?:-start)?\((.*)")
+
+
 class Program:
     """A jitted step and what it is called with."""
 
@@ -165,9 +177,19 @@ class Program:
             return self.step.lower(self.state(), self.batch(), tables_on(self.mesh)).compile(QUICK)
 
     @functools.cached_property
-    def lines(self) -> list[str]:
-        """The compiled program's instructions."""
-        return [line for line in self.compiled.as_text().splitlines() if re.match(r"\s+(ROOT )?%?[\w.-]+ = ", line)]
+    def instructions(self) -> list[Instruction]:
+        """What the compiled program consists of."""
+        lines = self.compiled.as_text().splitlines()
+        return [Instruction(*match.groups()) for match in map(INSTRUCTION.match, lines) if match]
+
+    def results(self, kind: str) -> list[tuple[int, ...]]:
+        """The shapes of everything that instructions of this kind result in."""
+        return [shape for each in self.instructions if each.kind == kind for shape in shapes_of(each.result)]
+
+    @functools.cached_property
+    def sizes(self) -> set[int]:
+        """The numbers of elements that its arrays have."""
+        return {math.prod(shape) for each in self.instructions for shape in shapes_of(each.result)}
 
 
 @functools.cache
@@ -184,15 +206,6 @@ def shapes_of(text: str) -> list[tuple[int, ...]]:
     """The shapes of all arrays that are named in a piece of HLO."""
     found = re.findall(r"\b(?:pred|[suf]\d+|bf16)\[([\d,]*)\]", text)
     return [tuple(int(size) for size in shape.split(",") if size) for shape in found]
-
-
-def result_of(line: str, kind: str) -> list[tuple[int, ...]]:
-    """The shapes that an instruction of this kind results in."""
-    return shapes_of(re.split(rf" {kind}(?:-start)?\(", line)[0])
-
-
-def with_kind(lines: list[str], kind: str) -> list[str]:
-    return [line for line in lines if re.search(rf" {kind}(?:-start)?\(", line)]
 
 
 # One program.
@@ -215,9 +228,8 @@ def test_steps_are_traced_and_compiled_once_and_need_nothing_from_the_host(one):
 def test_no_array_has_logits_of_every_position(mesh_name, accumulation):
     run, tensor = program(mesh_name, accumulation), MESHES[mesh_name][-1]
     rows = BATCH // accumulation // (run.mesh.size // tensor)  # on one device at a time
-    sizes = {math.prod(shape) for line in run.lines for shape in shapes_of(line)}
-    assert rows * SLOTS * VOCAB // tensor in sizes  # those of the predicted positions
-    assert max(sizes) < rows * LENGTH * VOCAB // tensor
+    assert rows * SLOTS * VOCAB // tensor in run.sizes  # those of the predicted positions
+    assert max(run.sizes) < rows * LENGTH * VOCAB // tensor
 
 
 def test_that_check_would_find_them(one):
@@ -235,11 +247,10 @@ def test_that_check_would_find_them(one):
 
 @pytest.mark.parametrize(("mesh_name", "accumulation"), [("1", 1), ("1", 2), ("8", 1), ("fsdp", 1), ("2x2x2", 1)])
 def test_the_program_never_calls_the_host(mesh_name, accumulation):
-    lines = program(mesh_name, accumulation).lines
-    assert len(lines) > 500
-    for kind in ("infeed", "outfeed", "send", "recv"):
-        assert not with_kind(lines, kind)
-    targets = {target for line in lines for target in re.findall(r'custom_call_target="([^"]*)"', line)}
+    instructions = program(mesh_name, accumulation).instructions
+    assert len(instructions) > 500
+    assert not {each.kind for each in instructions} & {"infeed", "outfeed", "send", "recv"}
+    targets = {target for each in instructions for target in re.findall(r'custom_call_target="([^"]*)"', each.rest)}
     assert not [target for target in targets if re.search("python|callback|host", target, re.IGNORECASE)]
 
 
@@ -251,18 +262,16 @@ COLLECTIVES = {
     "fsdp": {"all-reduce", "all-gather"},
     "2x2x2": {"all-reduce", "all-gather", "collective-permute"},
 }
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"}
 
 
 @pytest.mark.parametrize("mesh_name", COLLECTIVES)
 def test_the_collectives_of_each_mesh(mesh_name):
-    lines = program(mesh_name).lines
-    assert {kind for kind in KINDS if with_kind(lines, kind)} == COLLECTIVES[mesh_name]
+    assert {each.kind for each in program(mesh_name).instructions} & KINDS == COLLECTIVES[mesh_name]
 
 
 def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums():
-    lines = with_kind(program("8").lines, "all-reduce")
-    found = collections.Counter(math.prod(shape) for line in lines for shape in result_of(line, "all-reduce"))
+    found = collections.Counter(map(math.prod, program("8").results("all-reduce")))
     assert found.pop(1) < 20
     weights = parameters()
     layers = [leaf.size for leaf in jax.tree.leaves(weights["encoder"]["layers"])]
@@ -274,7 +283,7 @@ def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums():
 
 
 def test_sharded_parameters_are_gathered_and_activations_are_not():
-    shapes = [shape for line in with_kind(program("fsdp").lines, "all-gather") for shape in result_of(line, "all-gather")]
+    shapes = program("fsdp").results("all-gather")
     weights = {leaf.size for leaf in jax.tree.leaves(parameters())}
     weights |= {leaf.size // 2 for leaf in jax.tree.leaves(parameters()["encoder"]["layers"])}  # one layer's
     assert shapes and {math.prod(shape) for shape in shapes} <= weights
@@ -282,7 +291,7 @@ def test_sharded_parameters_are_gathered_and_activations_are_not():
 
 def test_micro_batches_are_weighed_by_masking_alone():
     # The pass that counts predictions before the first backward pass must not compute the model a second time.
-    dots = [len(with_kind(program("1", accumulation).lines, "dot")) for accumulation in (1, 2)]
+    dots = [len(program("1", accumulation).results("dot")) for accumulation in (1, 2)]
     assert dots[0] == dots[1] > 10
 
 

@@ -78,7 +78,8 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-6
     weight_decay: float = 0.01
-    decay_embeddings: bool = True  # norms and biases never decay
+    decay_embeddings: bool = True
+    decay_norms_and_biases: bool = False  # fairseq's RoBERTa: True
     bias_correction: bool = True  # BERT's own Adam: False
     clip_norm: float = 1.0  # global gradient norm; 0 is off
     ema_decay: float = 0.0  # exponential moving average of the parameters; 0 keeps none

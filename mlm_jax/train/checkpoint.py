@@ -60,23 +60,29 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
         """The newest checkpoint that can be read, onto the shardings of `abstract`, with its step; None if there is none.
 
-        A damaged one is reported and moved to `damaged_checkpoints/`.
+        A damaged one is reported and, once an older one has been read, moved to `damaged_checkpoints/`.
 
         Raises:
-            MachineError: there are checkpoints and none can be read.
+            MachineError: there are checkpoints and none can be read; all are left where they are.
         """
         steps = sorted((checkpoint.step for checkpoint in self._checkpointer.checkpoints), reverse=True)
+        damaged: list[str] = []
         for step in steps:
             try:
                 parts = self._checkpointer.load_checkpointables(step, _split(abstract))
                 jax.block_until_ready(parts)
             except Exception as error:
-                logger.error("checkpoint %d cannot be read: %s", step, _first_line(error))
-                self._set_aside(step)
+                damaged.append(f"checkpoint {step} cannot be read: {_first_line(error)}")
+                logger.error(damaged[-1])
                 continue
+            for unreadable in steps[: len(damaged)]:
+                self._set_aside(unreadable)
             return _join(parts), step
         if steps:
-            raise MachineError(f"none of the checkpoints {steps} can be read; they were moved to {self._workdir.damaged}")
+            raise MachineError(
+                f"no checkpoint in {self._workdir.checkpoints} can be read ({damaged[0]}); nothing was changed. "
+                "Mend or remove them, or start in another --workdir"
+            )
         return None
 
     def close(self) -> None:

@@ -35,12 +35,12 @@ from mlm_jax.workdir import Workdir
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
 class Stop(Exception):
     """The run was asked to stop by a signal; its state is saved."""
 
-    signal_number: int
-    step: int
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by signal {signal_number} at step {step}")
+        self.signal_number, self.step = signal_number, step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
     rule = cfg.optimizer
 
     def mask(params: Any) -> Any:
-        return decay_mask(params, embeddings=rule.decay_embeddings)
+        return decay_mask(params, embeddings=rule.decay_embeddings, norms_and_biases=rule.decay_norms_and_biases)
 
     parts: list[optax.GradientTransformation] = []
     if rule.clip_norm > 0:
@@ -110,17 +110,18 @@ def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(optax.chain(*parts))
 
 
-def decay_mask(params: Any, *, embeddings: bool = True) -> Any:
+def decay_mask(params: Any, *, embeddings: bool = True, norms_and_biases: bool = False) -> Any:
     """True where weight decay applies: everywhere but in norms and biases, as BERT does.
 
     Args:
         embeddings: whether the tables under `embeddings/` decay. An untied decoder is no embedding and always does.
+        norms_and_biases: whether these decay too, as in fairseq's RoBERTa (fairseq:optim/__init__.py has one group).
     """
 
     def decays(path: Any, _: Any) -> bool:
         *modules, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if "bias" in leaf.split("_") or any("norm" in module.split("_") for module in modules):
-            return False
+            return norms_and_biases
         return embeddings or "embeddings" not in modules
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,173 @@
+"""Kills a run again and again, at random and at the worst moments, and compares its end with that of a run left alone.
+
+python tests/kill_resume.py --kills 20        prints each kill; exit status 1 unless the ends are bit-identical
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TIMINGS = ("tokens_per_second", "mfu")
+MOMENTS = ("prepare", "checkpoint", "any")
+OVERRIDES = (
+    "model.num_layers=1",
+    "model.embed_dim=32",
+    "model.mlp_dim=64",
+    "model.vocab_size=512",
+    "tokenizer.vocab_size=512",
+    "tokenizer.algorithm=bpe",
+    "model.max_positions=64",
+    "model.dropout=0.1",
+    "optimizer.warmup_steps=10",
+    "optimizer.ema_decay=0.9",
+    "stages[0].steps=150",
+    "stages[0].seq_len=64",
+    "stages[0].batch_size=8",
+    "train.log_every=7",
+    "train.checkpoint_every=4",
+    "evaluation.every=25",
+    "evaluation.max_rows=16",
+)
+
+
+@dataclasses.dataclass
+class Kill:
+    """One run of the command that did not live to its end."""
+
+    moment: str
+    after_seconds: float
+    logged_step: int
+
+
+def command(workdir: pathlib.Path, source: str) -> list[str]:
+    """The training command, the same for every start."""
+    overrides = [f"--config.{override}" for override in (*OVERRIDES, f"data.source={source}")]
+    return [
+        *(sys.executable, "-m", "mlm_jax", "train", "--workers=1"),
+        *("--config", str(ROOT / "configs" / "smoke.py"), "--workdir", str(workdir), *overrides),
+    ]
+
+
+def start(workdir: pathlib.Path, source: str) -> subprocess.Popen[bytes]:
+    """Starts (or continues) the run, its output kept beside the workdir."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    with open(workdir.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command(workdir, source), cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def finish(workdir: pathlib.Path, source: str) -> float:
+    """Runs the command to its end and returns the seconds it took."""
+    began = time.monotonic()
+    status = start(workdir, source).wait()
+    if status != 0:
+        raise SystemExit(f"the run ended with status {status}:\n{workdir.with_suffix('.log').read_text()[-3000:]}")
+    return time.monotonic() - began
+
+
+def reached(workdir: pathlib.Path, moment: str) -> bool:
+    """Whether the run is now at a moment that is worth a kill."""
+    if moment == "prepare":
+        return (workdir / "data").exists() and not (workdir / "data" / "manifest.json").exists()
+    return any((workdir / "checkpoints").glob("*tmp*"))
+
+
+def kill_once(workdir: pathlib.Path, source: str, moment: str, latest: float, rng: random.Random) -> Kill | None:
+    """Starts the run and kills it; None if it came to its end first.
+
+    A moment that does not come (a corpus that is already whole) is replaced by the time limit, which is random.
+    """
+    process, began = start(workdir, source), time.monotonic()
+    limit = rng.uniform(0.5, latest)
+    wait_for = moment != "any"
+    while time.monotonic() - began < (latest if wait_for else limit):
+        if process.poll() is not None:
+            if process.returncode != 0:
+                raise SystemExit(f"status {process.returncode}:\n{workdir.with_suffix('.log').read_text()[-3000:]}")
+            return None
+        if wait_for and reached(workdir, moment):
+            time.sleep(rng.uniform(0, 0.5 if moment == "prepare" else 0.02))
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return Kill(moment, time.monotonic() - began, last_step(workdir))
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    """The newest whole checkpoint, 0 if there is none."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, object]]:
+    """The lines of metrics.jsonl without what is measured by a clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def parameters(workdir: pathlib.Path) -> list[np.ndarray]:
+    """The final checkpoint's averaged parameters."""
+    from mlm_jax.inference import open_run
+
+    with open_run(workdir) as run:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(run.params)]
+
+
+def corpus_bytes(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Every file of the prepared corpus but the lock."""
+    data = workdir / "data"
+    files = (path for path in data.rglob("*") if path.is_file() and path.name != "prepare.lock")
+    return {str(path.relative_to(data)): path.read_bytes() for path in files}
+
+
+def check_equal(alone: pathlib.Path, killed: pathlib.Path) -> None:
+    """Raises AssertionError unless both runs ended with the same bits."""
+    assert corpus_bytes(alone) == corpus_bytes(killed), "the prepared corpora differ"
+    assert metrics(alone) == metrics(killed), "the metrics differ"
+    for one, other in zip(parameters(alone), parameters(killed), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def kill_resume(directory: pathlib.Path, kills: int, seed: int, source: str = "builtin:python_docs") -> list[Kill]:
+    """Kills runs until `kills` have been counted, lets each one finish, and compares it with the run left alone."""
+    rng = random.Random(seed)
+    alone = directory / "alone"
+    seconds = finish(alone, source)
+    done: list[Kill] = []
+    while len(done) < kills:
+        workdir = directory / f"killed{len(done)}"
+        for index in range(10):
+            kill = kill_once(workdir, source, MOMENTS[index % len(MOMENTS)], seconds, rng)
+            if kill is None or len(done) == kills:
+                break
+            done.append(kill)
+            print(f"kill {len(done)}: {kill}", flush=True)
+        finish(workdir, source)
+        check_equal(alone, workdir)
+        print(f"{workdir.name}: bit-identical to the run left alone", flush=True)
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        done = kill_resume(pathlib.Path(directory), options.kills, options.seed)
+    print(f"{len(done)} kills, every end bit-identical")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The command line from end to end on a tiny run: what each verb gives, what a mistake costs, what a stop changes."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mlm_jax.cli import main
+from mlm_jax.inference import open_run
+from mlm_jax.workdir import Workdir
+
+SMOKE = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "smoke.py")
+TINY = (
+    "model.num_layers=1",
+    "model.embed_dim=32",
+    "model.mlp_dim=64",
+    "model.vocab_size=512",
+    "model.max_positions=48",
+    "tokenizer.vocab_size=400",
+    "tokenizer.algorithm=bpe",
+    "optimizer.warmup_steps=4",
+    "stages[0].steps=20",
+    "stages[0].seq_len=32",
+    "stages[0].batch_size=16",
+    "train.log_every=3",
+    "train.checkpoint_every=8",
+    "evaluation.every=10",
+    "evaluation.max_rows=24",
+)
+TEXT = "The {0} river rises in the {1} hills and flows past {2} towns before it meets the {3} sea."
+WORDS = ["northern", "old", "quiet", "stone", "green", "white", "upper", "lower", "seven", "cold"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "rivers.jsonl"
+    with file.open("w") as lines:
+        for index in range(400):
+            words = (WORDS[(index * step + step) % len(WORDS)] for step in (1, 3, 7, 9))
+            lines.write(json.dumps({"text": f"{index}. {TEXT.format(*words)}"}) + "\n")
+    return f"files:{file}?field=text"
+
+
+@pytest.fixture(scope="module")
+def train(source):
+    """Trains in a workdir with the tiny recipe and more overrides, and returns the exit status."""
+
+    def run(workdir: pathlib.Path, *overrides: str, options: tuple[str, ...] = ()) -> int:
+        fields = (f"data.source={source}", *TINY, *overrides)
+        return main(
+            ["train", "--config", SMOKE, "--workdir", str(workdir), *options, *(f"--config.{field}" for field in fields)]
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, train) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("run") / "whole"
+    assert train(path) == 0
+    return path
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+def parameters(workdir: pathlib.Path) -> tuple[list[np.ndarray], int]:
+    with open_run(workdir) as run:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(run.params)], run.step
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_run_logs_evaluates_and_saves(workdir):
+    lines = metrics(workdir)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12, 15, 18, 20]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [10, 20]
+    assert lines[0]["loss"] > lines[-2]["loss"]
+    assert len(lines[-1]["probes"]) == 3
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [16, 20]
+
+
+def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved, ignore=shutil.ignore_patterns("data"))
+    assert main(["evaluate", "--workdir", str(moved), "--json"]) == 0
+    found, logged = last_json(capsys), metrics(workdir)[-1]
+    assert found["step"] == 20 and found["tokens"] == logged["tokens"]
+    assert found["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+    assert main(["fill-mask", "--workdir", str(moved), "--json", "--top-k=3", "The [MASK] river meets the [MASK]."]) == 0
+    assert [len(mask) for mask in last_json(capsys)["fills"][0]["masks"]] == [3, 3]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "The river rises.", "sentence_bad": "The rises river."}\n' * 3)
+    assert main(["score", "--workdir", str(moved), "--pairs", str(pairs), "--json"]) == 0
+    assert last_json(capsys)["accuracy"] in ({"pairs": 0.0}, {"pairs": 1.0}, {"pairs": 0.5})
+    assert main(["report", "--workdir", str(moved)]) == 0
+    assert "<html" in (moved / "report.html").read_text()
+
+
+def test_evaluation_on_another_source(workdir, source, capsys):
+    assert main(["evaluate", "--workdir", str(workdir), "--source", source, "--seq-len=24", "--json"]) == 0
+    assert last_json(capsys)["seq_len"] == 24
+
+
+def test_a_finished_run_is_left_as_it_is(workdir, train):
+    before = (workdir / "metrics.jsonl").read_bytes(), parameters(workdir)[0]
+    assert train(workdir) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == before[0]
+    for one, other in zip(before[1], parameters(workdir)[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_sigterm_saves_and_the_same_command_ends_as_if_nothing_had_been(workdir, train, tmp_path, capsys):
+    interrupted = tmp_path / "interrupted"
+
+    def interrupt() -> None:
+        file = interrupted / "metrics.jsonl"
+        while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    status = train(interrupted)
+    thread.join()
+    assert status == 128 + signal.SIGTERM
+    assert "is saved, the same command continues" in capsys.readouterr().err
+    step = parameters(interrupted)[1]
+    assert 6 <= step < 20
+    assert train(interrupted) == 0
+    assert metrics(interrupted) == metrics(workdir)
+    for one, other in zip(parameters(workdir)[0], parameters(interrupted)[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_stages_of_two_lengths_and_accumulation_make_one_run(train, tmp_path, capsys):
+    path = tmp_path / "stages"
+    recipe = tmp_path / "two.py"
+    recipe.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    stages = ({'steps': 4, 'seq_len': 32, 'batch_size': 16}, "
+        "{'steps': 3, 'seq_len': 48, 'batch_size': 16, 'accumulation': 2, 'mask_rate': 0.3})\n"
+        "    return ml_collections.ConfigDict({'name': 'two', 'stages': stages})\n"
+    )
+    source_and_model = [field for field in TINY if not field.startswith("stages")]
+    with_data = [f"--config.{field}" for field in source_and_model]
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(TEXT.format(*WORDS[i % 7 : i % 7 + 4]) + f" {i}" for i in range(300)))
+    uri = f"--config.data.source=files:{file}?documents=line"
+    assert main(["train", "--config", str(recipe), "--workdir", str(path), uri, *with_data]) == 0
+    stages = [line["stage"] for line in metrics(path) if line["kind"] == "train"]
+    assert stages == sorted(stages) and set(stages) == {0, 1}
+    assert Workdir(path).read_validation(48)["tokens"].shape[1] == 48
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(train, tmp_path, capsys):
+    overrides = (
+        "optimizer.learning_rate=1e30",
+        "optimizer.warmup_steps=0",
+        "train.max_nonfinite=2",
+        "optimizer.clip_norm=0",
+    )
+    assert train(tmp_path / "run", *overrides) == 1
+    message = capsys.readouterr().err
+    assert "updates in a row were skipped" in message and "learning_rate" in message
+
+
+def one_message(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mlm-jax: ")]
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), errors
+
+
+MISTAKES = [
+    (["trian"], ["invalid choice: 'trian'"]),
+    (["train", "--config", SMOKE], ["--workdir"]),
+    (["train", "--config", SMOKE, "--workdir", "w", "--profle=1:2"], ["--profle", "did you mean --profile?"]),
+    (["train", "--config", SMOKE, "--workdir", "w", "--profile=3"], ["--profile=3", "FIRST:LAST"]),
+    (["train", "--config", "configs/smok.py", "--workdir", "w"], ["no config file configs/smok.py"]),
+    (
+        ["train", "--config", SMOKE, "--workdir", "w", "--config.optimizer.learning_rat=1"],
+        ["'optimizer.learning_rat'", "did you mean 'learning_rate'?"],
+    ),
+    (["evaluate", "--workdir", "nowhere"], ["nowhere is not a run's workdir"]),
+    (["evaluate", "--workdir", "w", "--config.seed=1"], ["takes no --config."]),
+    (["fill-mask", "--workdir", "nowhere", "a [MASK]"], ["nowhere is not a run's workdir"]),
+    (["score", "--workdir", "w", "--pairs", "none*.jsonl"], ["no file matches 'none*.jsonl'"]),
+    (["report", "--workdir", "nowhere"], ["nowhere"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), MISTAKES, ids=[" ".join(a[:1] + a[-1:]) for a, _ in MISTAKES])
+def test_a_mistake_is_one_message_and_status_2(arguments, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    one_message(capsys, *parts)
+    assert not list(tmp_path.iterdir())
+
+
+SOURCE_MISTAKES = [
+    ("nothing*.jsonl", None, ["nothing*.jsonl"]),
+    ("empty.txt", b"", ["empty.txt"]),
+    ("binary.txt", bytes(range(256)) * 4, ["binary.txt", "UTF-8"]),
+    ("field.jsonl", b'{"body": "x"}\n', ["'text'"]),
+    ("broken.jsonl", b'{"text": \n', ["broken.jsonl"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "parts"), SOURCE_MISTAKES, ids=[name for name, *_ in SOURCE_MISTAKES])
+def test_a_source_that_cannot_be_used(name, content, parts, train, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert train(tmp_path / "run", f"data.source=files:{tmp_path / name}") == 2
+    one_message(capsys, *parts)
+
+
+def test_a_batch_that_the_mesh_cannot_divide(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "stages[0].batch_size=12") == 2
+    one_message(capsys, "12 rows", "multiple of 8")
+    assert train(tmp_path / "run", "sharding.data=3") == 2
+    one_message(capsys, "does not multiply out to the 8 devices")
+
+
+def test_a_tokenizer_larger_than_the_model(workdir, train, tmp_path, capsys):
+    given = ("tokenizer.algorithm=pretrained", f"tokenizer.path={workdir / 'tokenizer'}", "model.vocab_size=128")
+    assert train(tmp_path / "run", *given, "tokenizer.vocab_size=128") == 2
+    one_message(capsys, "400 ids", "model.vocab_size=128", "512")
+
+
+def test_a_workdir_of_another_config_is_left_alone(workdir, train, capsys):
+    before = (workdir / "config.json").read_bytes()
+    assert train(workdir, "optimizer.learning_rate=0.5") == 2
+    one_message(capsys, "another config", "optimizer.learning_rate: 0.003 -> 0.5")
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_workdir(workdir, train, capsys):
+    with Workdir(workdir).lock():
+        assert train(workdir) == 2
+    one_message(capsys, "another process is training")
+
+
+def test_texts_that_cannot_be_filled(workdir, capsys):
+    assert main(["fill-mask", "--workdir", str(workdir), "no mask here"]) == 2
+    one_message(capsys, "no [MASK] in 'no mask here'")
+    assert main(["fill-mask", "--workdir", str(workdir), "[MASK]" * 60]) == 2
+    one_message(capsys, "exceeds the model's 48 positions")
+
+
+def test_pairs_that_are_none(workdir, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"sentence_good": "a"}\n')
+    assert main(["score", "--workdir", str(workdir), "--pairs", str(file)]) == 2
+    one_message(capsys, "pairs.jsonl:1", "sentence_bad")
+
+
+def test_a_run_without_a_checkpoint(workdir, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(workdir, bare, ignore=shutil.ignore_patterns("data", "checkpoints"))
+    assert main(["evaluate", "--workdir", str(bare)]) == 2
+    one_message(capsys, "no checkpoint yet")
+
+
+def test_a_truncated_checkpoint_is_a_fault_of_the_machine(workdir, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(workdir, damaged, ignore=shutil.ignore_patterns("data"))
+    for file in (damaged / "checkpoints" / "20").rglob("*"):
+        if file.is_file() and file.stat().st_size > 200:
+            os.truncate(file, file.stat().st_size // 2)
+    assert main(["evaluate", "--workdir", str(damaged)]) == 1
+    one_message(capsys, "checkpoint 20")
