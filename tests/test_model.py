@@ -63,9 +63,13 @@ def init(model: ModelConfig = TINY, seed: int = 0):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@functools.cache
 def encoder(model: ModelConfig = TINY, compute: Compute = PLAIN):
     """(params, tokens, segment_ids, key, token_types) -> hidden states of every position, as a NumPy array."""
+    return _encoder(model, compute)
+
+
+@functools.cache
+def _encoder(model: ModelConfig, compute: Compute):
     graphdef = objective(model, compute)._graphdef
 
     @functools.partial(jax.jit, compiler_options=QUICK)
@@ -76,9 +80,13 @@ def encoder(model: ModelConfig = TINY, compute: Compute = PLAIN):
     return lambda *args, **options: jax.device_get(encode(*args, **options))
 
 
-@functools.cache
 def gradient(model: ModelConfig = TINY, compute: Compute = PLAIN):
     """The compiled (params, tokens, segment_ids, key) -> loss of predicting every token, and its gradient."""
+    return _gradient(model, compute)
+
+
+@functools.cache
+def _gradient(model: ModelConfig, compute: Compute):
     built = objective(model, compute)
 
     @jax.jit
@@ -283,13 +291,14 @@ def dropped(x, key):
 
 
 def test_dropout_zeroes_at_its_rate_and_rescales_the_rest():
-    x = np.full((400, 500), 2.0, np.float32)
+    x = np.full((2000, 2000), 2.0, np.float32)
     found = np.asarray(dropped(x, jax.random.key(0)))
     np.testing.assert_allclose(np.unique(found), [0.0, 2.0 / 0.7], rtol=1e-6)
     deviation = math.sqrt(0.3 * 0.7 / x.size)
     assert abs((found == 0).mean() - 0.3) < 5 * deviation
     # Neither rows nor columns share their mask.
-    assert len(np.unique(found == 0, axis=0)) == 400 and len(np.unique(found == 0, axis=1).T) == 500
+    part = found[:300, :300] == 0
+    assert len(np.unique(part, axis=0)) == len(np.unique(part.T, axis=0)) == 300
 
 
 def test_dropout_is_a_function_of_its_key():

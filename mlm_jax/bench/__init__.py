@@ -33,6 +33,8 @@ from mlm_jax.train.step import make_train_step
 
 logger = logging.getLogger(__name__)
 
+# Threads of torch's OpenMP go on spinning after its round; the next round begins when they have stopped.
+SETTLE_SECONDS = 0.5
 PROFILED_STEPS = 3
 LOADED_ROWS = 50_000  # at most, to measure the loader
 SPECIAL_IDS = 5  # of synthetic rows: padding, unknown, CLS, SEP and, last, the mask, as in our own tokenizers
@@ -176,6 +178,7 @@ def alternate(runs: Mapping[str, Callable[[int], None]], steps: int, rounds: int
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(SETTLE_SECONDS)
             began = time.perf_counter()
             run(steps)
             seconds[name].append((time.perf_counter() - began) / steps)

@@ -14,7 +14,7 @@ from mlm_jax.config import Config, StageConfig
 from mlm_jax.errors import UserError
 
 PEERS = ("hf",)
-ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}
+ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu_erf": "gelu", "relu": "relu"}
 IGNORED = -100  # the label of a position that is not predicted, in torch's cross-entropy
 
 

@@ -106,7 +106,7 @@ class _Run:
         self.objective = MaskedLM(cfg, self.compute, cfg.mask_rate(cfg.stages[0]))
         self.eval_step = make_eval_step(cfg, self.objective)
         self.filler = Filler(self.objective, corpus.tokenizer)
-        self.last_time = 0.0
+        self.last_time, self.last_step = 0.0, 0
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
 
     def train(self) -> None:
@@ -139,7 +139,7 @@ class _Run:
         feed = self._device_batches(stage, first, last, seen)
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
         pending: tuple[int, dict[str, Any]] | None = None
-        self._start_clock()
+        self.last_time, self.last_step, self.paused_seconds = time.perf_counter(), first, 0.0
         # The order within a step is a contract: next batch, dispatch, write the previous metrics, evaluate, save.
         for step in range(first + 1, last + 1):
             batch = next(feed)
@@ -223,9 +223,9 @@ class _Run:
         means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in interval.items()}
         now = time.perf_counter()
         seconds = now - self.last_time - self.paused_seconds
-        steps = float(interval["skipped"].weight)
-        tokens_per_second = means["tokens"] * steps / max(seconds, 1e-9)
-        self.last_time, self.paused_seconds = now, 0.0
+        # After a restart the interval has steps of the process before; this one's clock ran for its own only.
+        tokens_per_second = means["tokens"] * (step - self.last_step) / max(seconds, 1e-9)
+        self.last_time, self.last_step, self.paused_seconds = now, step, 0.0
         values = {
             "loss": means["mlm"],
             "accuracy": means["accuracy"],
@@ -274,9 +274,6 @@ class _Run:
             fills = self.filler(params, probes, top_k=5)
             values["probes"] = [{"text": text, "fills": fill} for text, fill in zip(probes, fills, strict=True)]
         self.writer.write(step, "eval", values)
-
-    def _start_clock(self) -> None:
-        self.last_time, self.paused_seconds = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:

@@ -1,0 +1,136 @@
+"""One program: what a step compiles to, read in XLA's own text for one device and for meshes of eight."""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_step import (
+    BATCH,
+    CFG,
+    LENGTH,
+    MESHES,
+    QUICK,
+    SLOTS,
+    VOCAB,
+    Program,
+    make_rows,
+    mesh_of,
+    objective,
+    on_devices,
+    parameters,
+    parameters_on,
+    shapes_of,
+    spiky,
+    tables_on,
+)
+
+from mlm_jax.objectives.mlm import score_targets
+
+
+@pytest.fixture
+def one():
+    """A mesh of one device, set."""
+    mesh = mesh_of("1")
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@functools.cache
+def program(mesh_name: str, accumulation: int) -> Program:
+    return Program(mesh_name, accumulation)
+
+
+def test_steps_are_traced_and_compiled_once_and_need_nothing_from_the_host(one):
+    run = spiky()
+    state, vocab = run.state(), tables_on(one)
+    for step in range(4):
+        batch = run.batch(step)
+        with jax.transfer_guard("disallow"):
+            state, metrics = run.step(state, batch, vocab)
+    assert (run.traces, run.step._cache_size()) == (1, 1)
+    assert int(state.step) == 4 and np.isfinite(metrics["grad_norm"])
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match=r"[Dd]isallowed host-to-device transfer"):
+        jnp.add(make_rows()["tokens"], 1)
+
+
+@pytest.mark.parametrize(("mesh_name", "accumulation"), [("1", 1), ("1", 2), ("8", 1), ("2x2x2", 1)])
+def test_no_array_has_logits_of_every_position(mesh_name, accumulation):
+    run, tensor = program(mesh_name, accumulation), MESHES[mesh_name][-1]
+    rows = BATCH // accumulation // (run.mesh.size // tensor)  # on one device at a time
+    assert rows * SLOTS * VOCAB // tensor in run.sizes  # those of the predicted positions
+    assert max(run.sizes) < rows * LENGTH * VOCAB // tensor
+
+
+def test_that_check_would_find_them(one):
+    params, built = parameters_on(one), objective()
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def everywhere(params, tokens, segment_ids):
+        positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32)[None], tokens.shape)
+        return score_targets(built.logits(params, tokens, segment_ids, positions), tokens)[0].mean()
+
+    batch = on_devices(make_rows(), one)
+    text = everywhere.lower(params, batch["tokens"], batch["segment_ids"]).compile().as_text()
+    assert max(math.prod(shape) for shape in shapes_of(text)) >= BATCH * LENGTH * VOCAB
+
+
+@pytest.mark.parametrize(("mesh_name", "accumulation"), [("1", 1), ("1", 2), ("8", 1), ("fsdp", 1), ("2x2x2", 1)])
+def test_the_program_never_calls_the_host(mesh_name, accumulation):
+    instructions = program(mesh_name, accumulation).instructions
+    assert len(instructions) > 500
+    assert not {each.kind for each in instructions} & {"infeed", "outfeed", "send", "recv"}
+    targets = {target for each in instructions for target in re.findall(r'custom_call_target="([^"]*)"', each.rest)}
+    assert not [target for target in targets if re.search("python|callback|host", target, re.IGNORECASE)]
+
+
+# What each mesh has to communicate, and nothing else: gradients and sums over rows; parameters that fsdp has split;
+# partial results of layers that tensor has split, and one transposition of a weight split over another axis there.
+COLLECTIVES = {
+    "1": set(),
+    "8": {"all-reduce"},
+    "fsdp": {"all-reduce", "all-gather"},
+    "2x2x2": {"all-reduce", "all-gather", "collective-permute"},
+}
+KINDS = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"}
+
+
+@pytest.mark.parametrize("mesh_name", COLLECTIVES)
+def test_the_collectives_of_each_mesh(mesh_name):
+    assert {each.kind for each in program(mesh_name, 1).instructions} & KINDS == COLLECTIVES[mesh_name]
+
+
+def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums():
+    found = collections.Counter(map(math.prod, program("8", 1).results("all-reduce")))
+    assert found.pop(1) < 20
+    weights = parameters()
+    layers = [leaf.size for leaf in jax.tree.leaves(weights["encoder"]["layers"])]
+    expected = collections.Counter(leaf.size for leaf in jax.tree.leaves(weights))
+    expected -= collections.Counter(layers)
+    expected += collections.Counter(size // CFG.model.num_layers for size in layers)  # in the loop over layers
+    expected[VOCAB * CFG.model.embed_dim] += 1  # the tied table is read and written: each of its uses has a gradient
+    assert found == expected
+
+
+def test_sharded_parameters_are_gathered_and_activations_are_not():
+    shapes = program("fsdp", 1).results("all-gather")
+    weights = {leaf.size for leaf in jax.tree.leaves(parameters())}
+    weights |= {leaf.size // 2 for leaf in jax.tree.leaves(parameters()["encoder"]["layers"])}  # one layer's
+    assert shapes and {math.prod(shape) for shape in shapes} <= weights
+
+
+def test_micro_batches_are_weighed_by_masking_alone():
+    # The pass that counts predictions before the first backward pass must not compute the model a second time.
+    dots = [len(program("1", accumulation).results("dot")) for accumulation in (1, 2)]
+    assert dots[0] == dots[1] > 10
+
+
+def test_every_array_of_the_state_is_updated_in_place():
+    header = program("1", 1).compiled.as_text().split("\n", 1)[0]
+    with jax.set_mesh(mesh_of("1")):
+        leaves = jax.tree.leaves(program("1", 1).state())
+    assert len(re.findall(r"(?:may|must)-alias", header)) == len(leaves) > 50
