@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    for chatty in ("absl", "jax", "orbax", "grain", "fsspec", "matplotlib"):
+    # What Orbax logs on failure it also raises, and then it is told once, in our words.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for chatty in ("jax", "orbax", "grain", "fsspec", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))

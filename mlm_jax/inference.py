@@ -50,7 +50,7 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         replicated = jax.NamedSharding(mesh, jax.P())
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
-        params, step = load_params(workdir, abstract)
+        params, step = load_params(workdir, abstract, ema=cfg.optimizer.ema_decay > 0)
         yield TrainedRun(workdir, cfg, tokenizer, objective, params, step)
 
 

@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -122,23 +123,28 @@ def read_pairs(pattern: str) -> dict[str, list[tuple[str, str]]]:
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
         raise UserError(f"no file matches {pattern!r}")
-    return {os.path.basename(file).split(".")[0]: list(_pairs_of(file)) for file in files}
+    names = [os.path.basename(file).split(".")[0] for file in files]
+    return {name if names.count(name) == 1 else file: list(_pairs_of(file)) for name, file in zip(names, files, strict=True)}
 
 
 def _pairs_of(file: str) -> Iterator[tuple[str, str]]:
-    number = 0
+    number = count = 0
     try:
         with gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8") as lines:
             for line in lines:
                 number += 1
                 if line.strip():
                     record = json.loads(line)
-                    yield record["sentence_good"], record["sentence_bad"]
+                    pair = record["sentence_good"], record["sentence_bad"]
+                    if not all(isinstance(sentence, str) for sentence in pair):
+                        raise UserError(f"{file}:{number}: sentence_good and sentence_bad must be texts, not {pair}")
+                    yield pair
+                    count += 1
     except KeyError as error:
         raise UserError(f"{file}:{number}: no field {error}; each line needs sentence_good and sentence_bad") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}:{number}: not JSONL in UTF-8: {error}") from error
-    if not number:
+    if not count:
         raise UserError(f"{file} is empty")
 
 

@@ -29,7 +29,8 @@ from tiny_step import (
 from mlm_jax.model.heads import gather_positions
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import score_targets
-from mlm_jax.train.step import accumulate_gradients
+from mlm_jax.train.optimizer import learning_rate, make_optimizer
+from mlm_jax.train.step import accumulate_gradients, make_train_step
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(one, bad):
     # Neither the loss nor its weight entered the means of the log line.
     interval = jax.device_get(metrics["interval"])
     assert (interval["mlm"], interval["accuracy"]) == (sums["mlm"], sums["accuracy"])
-    assert interval["skipped"] == (2.0, 3.0)
+    assert interval["skipped"] == (2.0, 4.0)
 
     state, metrics = run.step(state, run.batch(2), vocab)
     assert int(state.nonfinite) == 0 and np.isfinite(metrics["grad_norm"])
@@ -307,3 +308,14 @@ def test_dropout_is_the_same_on_any_mesh():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     _, sums = gradient_of(make_rows())
     assert abs(losses[0] - sums.losses["mlm"].sum / sums.losses["mlm"].weight) > 1e-3
+
+
+def test_a_log_line_never_spans_two_stages(one):
+    """A stage that begins between two log lines starts its sums anew."""
+    run, vocab = spiky(), tables_on(one)
+    state, _ = run.step(run.state(), run.batch(0), vocab)
+    state, metrics = run.step(state, run.batch(1), vocab)
+    assert float(metrics["interval"]["skipped"].weight) == 2.0
+    second = make_train_step(CFG, CFG.stages[0], objective(), make_optimizer(CFG), learning_rate(CFG), first_step=2)
+    _, metrics = second(state, run.batch(2), vocab)
+    assert float(metrics["interval"]["skipped"].weight) == 1.0

@@ -31,7 +31,7 @@ from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import init_state
 from mlm_jax.train.step import make_train_step
 
-BATCH, LENGTH, VOCAB, LOG_EVERY = 32, 24, 256, 3
+BATCH, LENGTH, VOCAB, LOG_EVERY = 32, 24, 256, 4
 SLOTS = masking.num_slots(LENGTH, 0.15)
 CFG = Config(
     name="tiny",

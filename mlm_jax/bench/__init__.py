@@ -110,8 +110,7 @@ class _Ours:
         self.compute = Compute.resolve(cfg.compute)
         objective = MaskedLM(cfg, self.compute, cfg.mask_rate(stage))
         optimizer, schedule = make_optimizer(cfg), learning_rate(cfg)
-        dropout_impl = None if self.compute.platform == "cpu" else "rbg"  # as in training
-        step = make_train_step(cfg, stage, objective, optimizer, schedule, dropout_impl=dropout_impl)
+        step = make_train_step(cfg, stage, objective, optimizer, schedule)
 
         def create() -> TrainState:
             params = objective.init(jax.random.key(cfg.seed))

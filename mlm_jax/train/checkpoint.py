@@ -108,8 +108,8 @@ class Checkpoints:
         )
 
 
-def load_params(workdir: Workdir, abstract_params: Any) -> tuple[Any, int]:
-    """The parameters of the newest checkpoint (their moving average where there is one), and its step.
+def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[Any, int]:
+    """The parameters of the newest checkpoint, or their moving average, and its step.
 
     Raises:
         UserError: the run has not saved anything yet.
@@ -121,7 +121,7 @@ def load_params(workdir: Workdir, abstract_params: Any) -> tuple[Any, int]:
         latest = checkpointer.latest
         if latest is None:
             raise UserError(f"{workdir.path} has no checkpoint yet; train first")
-        part = "ema" if (epath.Path(workdir.checkpoints) / str(latest.step) / "ema").exists() else "params"
+        part = "ema" if ema else "params"
         try:
             return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
         except Exception as error:

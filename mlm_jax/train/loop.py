@@ -133,8 +133,8 @@ class _Run:
     ) -> TrainState:
         cfg = self.cfg
         objective = MaskedLM(cfg, self.compute, cfg.mask_rate(stage))
-        dropout_impl = None if self.compute.platform == "cpu" else "rbg"
-        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, dropout_impl=dropout_impl)
+        first_step = sum(earlier.steps for earlier in cfg.stages[:index])
+        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=first_step)
         validation = self._freeze_validation(stage)
         feed = self._device_batches(stage, first, last, seen)
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)

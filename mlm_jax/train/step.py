@@ -28,13 +28,13 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
-    dropout_impl: str | None = None,
+    first_step: int = 0,
 ) -> TrainStep:
     """The jitted step of one stage: (state, batch, vocab) -> (state, device scalars). The state is donated.
 
     Args:
         batch: int32 `tokens` and `segment_ids` [B, L], `example_ids` and `epochs` [B], rows over data × fsdp.
-        dropout_impl: the random-bit generator of dropout; "rbg" is the fast one on TPU and GPU.
+        first_step: the steps done before this stage; a log line's means never span two stages.
     """
     uses_dropout = cfg.model.dropout > 0 or cfg.model.attention_dropout > 0
 
@@ -43,7 +43,7 @@ def make_train_step(
         mask_key = jax.random.key(cfg.seed)
         dropout_key = None
         if uses_dropout:
-            dropout_key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl=dropout_impl), state.step)
+            dropout_key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl=objective.compute.dropout_impl), state.step)
         grads, sums = accumulate_gradients(
             lambda params, micro, key: objective.loss(params, micro, Keys(mask_key, key), vocab),
             state.params,
@@ -62,7 +62,8 @@ def make_train_step(
             if ema is not None:
                 ema_rate = jnp.where(finite, 1.0 - cfg.optimizer.ema_decay, 0.0)
                 ema = jax.tree.map(lambda old, new: old + ema_rate * (new - old), ema, params)
-        interval = _add_to_interval(state, cfg.train.log_every, sums, batch, finite)
+        fresh = (state.step % cfg.train.log_every == 0) | (state.step == first_step)
+        interval = _add_to_interval(state.interval, fresh, sums, batch, finite)
         nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
         metrics = {
             "interval": interval,
@@ -134,7 +135,9 @@ def _split_rows(array: jax.Array, count: int) -> jax.Array:
     return jnp.reshape(array, (rows, count, *rest), out_sharding=spec).swapaxes(0, 1)
 
 
-def _add_to_interval(state: TrainState, log_every: int, sums: LossSums, batch: Batch, finite: jax.Array) -> dict[str, Term]:
+def _add_to_interval(
+    interval: dict[str, Term], fresh: jax.Array, sums: LossSums, batch: Batch, finite: jax.Array
+) -> dict[str, Term]:
     """This step's sums added to those since the last log line. A skipped step counts only as skipped."""
     segment_ids_BL = batch["segment_ids"]
     real_BL = (segment_ids_BL > 0).astype(jnp.float32)
@@ -152,5 +155,4 @@ def _add_to_interval(state: TrainState, log_every: int, sums: LossSums, batch: B
         "segment_length": Term(squares, tokens),
         "predicted": Term(predicted, tokens),
     }
-    keep = jnp.where(state.step % log_every == 0, 0.0, 1.0)
-    return jax.tree.map(lambda old, new: old * keep + new, state.interval, current)
+    return jax.tree.map(lambda old, new: jnp.where(fresh, new, old + new), interval, current)
