@@ -108,6 +108,19 @@ def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
     assert "<html" in (moved / "report.html").read_text()
 
 
+def test_a_profile_of_the_steps_asked_for(train, tmp_path):
+    assert train(tmp_path / "run", "stages[0].steps=8", options=("--profile=3:4",)) == 0
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    steps = {
+        dict(event.stats).get("step_num")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    }
+    assert steps == {3, 4}
+
+
 def test_evaluation_on_another_source(workdir, source, capsys):
     assert main(["evaluate", "--workdir", str(workdir), "--source", source, "--seq-len=24", "--json"]) == 0
     assert last_json(capsys)["seq_len"] == 24

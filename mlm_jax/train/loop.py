@@ -106,7 +106,7 @@ class _Run:
         self.objective = MaskedLM(cfg, self.compute, cfg.mask_rate(cfg.stages[0]))
         self.eval_step = make_eval_step(cfg, self.objective)
         self.filler = Filler(self.objective, corpus.tokenizer)
-        self.last_time, self.last_step = 0.0, 0
+        self.last_time, self.last_step, self.tracing = 0.0, 0, False
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
 
     def train(self) -> None:
@@ -143,8 +143,10 @@ class _Run:
         # The order within a step is a contract: next batch, dispatch, write the previous metrics, evaluate, save.
         for step in range(first + 1, last + 1):
             batch = next(feed)
-            with self._traced(step), jax.transfer_guard("disallow"):
+            self._trace(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch, self.vocab)
+            self._trace(step, metrics)
             if pending is not None:
                 self._log(index, *pending)
                 pending = None
@@ -281,15 +283,18 @@ class _Run:
         yield
         self.paused_seconds += time.perf_counter() - began
 
-    @contextlib.contextmanager
-    def _traced(self, step: int) -> Iterator[None]:
-        if self.profile is not None and step == self.profile.start:
+    def _trace(self, step: int, finished: Any = None) -> None:
+        """Starts the profiler before its first step and stops it once its last one has been computed."""
+        if self.profile is None:
+            return
+        if finished is None and step == self.profile.start:
             jax.profiler.start_trace(os.fspath(self.workdir.path / "profile"))
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            yield
-        if self.profile is not None and step == self.profile.stop:
-            jax.effects_barrier()
+            self.tracing = True
+        elif finished is not None and self.tracing and step in (self.profile.stop, self.cfg.total_steps):
+            jax.block_until_ready(finished)
             jax.profiler.stop_trace()
+            self.tracing = False
+            logger.info("steps %d to %d are traced in %s", self.profile.start, step, self.workdir.path / "profile")
 
 
 def vocab_tables(cfg: Config, tokenizer: Any) -> VocabTables:
