@@ -17,7 +17,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe; every field that it leaves out has its default in `mlm_jax/config.py`."""
+    """The recipe; every field that it leaves out has its default in `mlm_jax/config/sections.py`."""
     return ml_collections.ConfigDict(
         {
             "name": "bert_large",
