@@ -188,6 +188,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(train, tmp_path
     assert train(tmp_path / "run", *overrides) == 1
     message = capsys.readouterr().err
     assert "updates in a row were skipped" in message and "learning_rate" in message
+    assert metrics(tmp_path / "run")[-1]["skipped"] > 0
 
 
 def one_message(capsys: pytest.CaptureFixture[str], *parts: str) -> None:

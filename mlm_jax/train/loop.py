@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import time
@@ -222,7 +223,8 @@ class _Run:
     def _log(self, stage_index: int, step: int, metrics: dict[str, Any]) -> None:
         metrics = jax.device_get(metrics)
         interval = metrics["interval"]
-        means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in interval.items()}
+        # Where every step was skipped there is no loss, which is not a loss of 0.
+        means = {name: float(term.sum / term.weight) if term.weight else math.nan for name, term in interval.items()}
         now = time.perf_counter()
         seconds = now - self.last_time - self.paused_seconds
         # After a restart the interval has steps of the process before; this one's clock ran for its own only.
