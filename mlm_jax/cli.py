@@ -175,7 +175,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
     import jax
 
     from mlm_jax.inference import open_run, pack_source
-    from mlm_jax.train.evaluate import evaluate, make_eval_step
+    from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
     from mlm_jax.train.loop import vocab_tables
 
     with _device_errors(), open_run(options.workdir) as run:
@@ -192,6 +192,9 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
     print(f"{'':12}{'loss':>10}{'accuracy':>10}{'perplexity':>12}")
     print(f"{'model':12}{found['loss']:10.4f}{found['accuracy']:10.4f}{found['perplexity']:12.2f}")
     print(f"{'unigram':12}{found['unigram_loss']:10.4f}{found['unigram_accuracy']:10.4f}")
+    own = {name: value for name, value in found.items() if name not in COMMON}
+    for name, value in own.items():
+        print(f"{name:12}{value:10.4f}")
     return {"step": run.step, "seq_len": seq_len, **found}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import Objective
 from mlm_jax.sharding import ROWS
 
 Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "probability": float}
@@ -19,7 +19,7 @@ Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "p
 class Filler:
     """Top-k predictions, compiled once per padded shape."""
 
-    def __init__(self, objective: MaskedLM, tokenizer: Tokenizer):
+    def __init__(self, objective: Objective, tokenizer: Tokenizer):
         self._objective, self._tokenizer = objective, tokenizer
         hidden = np.ones(objective.cfg.model.vocab_size, bool)
         hidden[: tokenizer.vocab_size] = False

@@ -15,7 +15,7 @@ from mlm_jax.data.sources import open_source
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import Objective, make_objective
 from mlm_jax.sharding import make_mesh
 from mlm_jax.train.checkpoint import load_params
 from mlm_jax.workdir import Workdir
@@ -28,7 +28,7 @@ class TrainedRun:
     workdir: Workdir
     cfg: Config
     tokenizer: Tokenizer
-    objective: MaskedLM
+    objective: Objective
     params: Any
     step: int
 
@@ -46,7 +46,7 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
     tokenizer = workdir.read_tokenizer()
     mesh = make_mesh(ShardingConfig())
     with jax.set_mesh(mesh):
-        objective = MaskedLM(cfg, Compute.resolve(cfg.compute), cfg.evaluation.mask_rate)
+        objective = make_objective(cfg, Compute.resolve(cfg.compute))
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         replicated = jax.NamedSharding(mesh, jax.P())
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlm_jax.errors import UserError
 from mlm_jax.inference import TrainedRun
-from mlm_jax.objectives.mlm import score_targets
+from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS
 
 METHODS = ("pll", "word_l2r")

@@ -42,7 +42,7 @@ def make_rows(rows: int = ROWS) -> dict[str, np.ndarray]:
 @functools.cache
 def parameters():
     with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
-        built = MaskedLM(CFG, Compute.resolve(CFG.compute), 0.15)
+        built = MaskedLM(CFG, Compute.resolve(CFG.compute))
         shapes = jax.eval_shape(built.init, jax.random.key(0))
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda leaf: rng.normal(0.2, 0.3, leaf.shape).astype(np.float32), shapes)
@@ -50,7 +50,7 @@ def parameters():
 
 @functools.cache
 def eval_step(cfg: Config):
-    return make_eval_step(cfg, MaskedLM(cfg, Compute.resolve(cfg.compute), cfg.masking.rate))
+    return make_eval_step(cfg, MaskedLM(cfg, Compute.resolve(cfg.compute)))
 
 
 def run(cfg: Config = CFG, *, batch_size: int = 8, rows=None, devices: int = 1) -> dict[str, float]:
@@ -138,7 +138,7 @@ def test_the_unigram_baseline_by_hand():
 
 def test_the_models_loss_by_hand():
     masked = frozen()
-    built = MaskedLM(CFG, Compute.resolve(CFG.compute), 0.15)
+    built = MaskedLM(CFG, Compute.resolve(CFG.compute))
     with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
         logits = jax.jit(built.logits)(parameters(), masked.inputs_BL, make_rows()["segment_ids"], masked.positions_BP)
     logits = np.asarray(logits, np.float64)

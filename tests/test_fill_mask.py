@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def objective():
-    return MaskedLM(CFG, Compute.resolve(CFG.compute), 0.15)
+    return MaskedLM(CFG, Compute.resolve(CFG.compute))
 
 
 @pytest.fixture(scope="module")

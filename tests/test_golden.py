@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mlm_jax.config import Config, ModelConfig, ShardingConfig
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.mlm import MaskedLM, score_targets
+from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import make_mesh
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -109,7 +109,7 @@ def objective(name: str, activation: str) -> MaskedLM:
         dropout=0.1,  # no key is given, so nothing is dropped
         attention_dropout=0.1,
     )
-    return MaskedLM(Config(name=name, model=model), PLAIN, 0.15)
+    return MaskedLM(Config(name=name, model=model), PLAIN)
 
 
 @functools.cache
@@ -122,7 +122,7 @@ def result(name: str, activation: str):
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params):
         def loss(params):
-            model = nnx.merge(built._graphdef, params)
+            model = built.network.bind(params)
             hidden = model.encoder(tokens, segment_ids, None, types)
             logits = model.head(hidden, model.encoder.embeddings.tokens_VD[...])
             nll, _ = score_targets(logits, np.maximum(labels, 0))

@@ -17,7 +17,9 @@ from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import Compute
 from mlm_jax.model.layers import LayerNorm, dropout, weight_init
-from mlm_jax.objectives.mlm import MaskedLM, cast, score_targets
+from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives.network import cast
+from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import make_mesh
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -47,7 +49,7 @@ def mesh():
 
 
 def objective(model: ModelConfig = TINY, compute: Compute = PLAIN) -> MaskedLM:
-    return MaskedLM(Config(name="tiny", model=model), compute, 0.15)
+    return MaskedLM(Config(name="tiny", model=model), compute)
 
 
 @functools.cache
@@ -70,12 +72,11 @@ def encoder(model: ModelConfig = TINY, compute: Compute = PLAIN):
 
 @functools.cache
 def _encoder(model: ModelConfig, compute: Compute):
-    graphdef = objective(model, compute)._graphdef
+    network = objective(model, compute).network
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def encode(params, tokens, segment_ids, key=None, token_types=None):
-        built = nnx.merge(graphdef, cast(params, compute.dtype))
-        return built.encoder(tokens, segment_ids, key, token_types)
+        return network.bind(params).encoder(tokens, segment_ids, key, token_types)
 
     return lambda *args, **options: jax.device_get(encode(*args, **options))
 
@@ -426,7 +427,7 @@ def test_attention_asked_for_by_name_is_never_replaced():
 )
 def test_parameter_counts_of_recipes(recipe, count):
     cfg = load_config(str(CONFIGS / f"{recipe}.py"))
-    built = MaskedLM(cfg, Compute.resolve(cfg.compute), 0.15)
+    built = MaskedLM(cfg, Compute.resolve(cfg.compute))
     shapes = jax.eval_shape(built.init, jax.random.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
 

@@ -29,7 +29,7 @@ from tiny_step import (
     tables_on,
 )
 
-from mlm_jax.objectives.mlm import score_targets
+from mlm_jax.objectives.scoring import score_targets
 
 
 @pytest.fixture

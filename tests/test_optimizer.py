@@ -128,7 +128,7 @@ def test_every_matrix_and_table_of_the_model_decays():
     model = config.ModelConfig(num_token_types=2, tie_embeddings=False)
     cfg = config.Config(name="test", model=model)
     with jax.set_mesh(make_mesh(cfg.sharding)):
-        params = jax.eval_shape(MaskedLM(cfg, Compute.resolve(cfg.compute), 0.15).init, jax.random.key(0))
+        params = jax.eval_shape(MaskedLM(cfg, Compute.resolve(cfg.compute)).init, jax.random.key(0))
     decaying = {path.rsplit("/", 1)[1] for path in paths(optimizer.decay_mask(params))}
     attention = {f"{name}_DHK" for name in ("query", "key", "value")} | {"output_HKD"}
     tables = {"tokens_VD", "positions_LD", "token_types_TD", "decoder_VD"}

@@ -41,7 +41,7 @@ def tokenizer():
 def whole_run(tokenizer):
     """A run on one device with random weights; it has no workdir, as scoring reads none."""
     mesh = make_mesh(ShardingConfig(), jax.devices()[:1])
-    objective = MaskedLM(CFG, Compute.resolve(CFG.compute), 0.15)
+    objective = MaskedLM(CFG, Compute.resolve(CFG.compute))
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         rng = np.random.default_rng(0)

@@ -48,7 +48,7 @@ MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "fsdp": (1, 8, 1), "2x4": (2, 4, 1), "
 # Compiles in a fifth of the time, for speed that nothing here needs. jax 0.12 has no fusion emitters to turn off.
 QUICK = {"xla_backend_optimization_level": 0}
 QUICK |= {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
-NAMES = ("mlm", "accuracy")
+NAMES = MaskedLM.loss_names + MaskedLM.metric_names
 BAD_LOSS, BAD_GRADIENT = 10_000, 20_000  # example ids at which `Spiky` breaks
 
 
@@ -97,7 +97,7 @@ def tables_on(mesh: jax.sharding.Mesh):
 
 
 def objective(cfg: Config = CFG, cls=MaskedLM) -> MaskedLM:
-    return cls(cfg, Compute.resolve(cfg.compute), cfg.masking.rate)
+    return cls(cfg, Compute.resolve(cfg.compute))
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from mlm_jax.data.loader import Rows, batches
 from mlm_jax.errors import UserError
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import ROWS, check_batch, make_mesh
 from mlm_jax.train.loop import vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
@@ -78,7 +78,7 @@ def run_bench(
     check_batch(stage, mesh, f"stages[{stage_index}]")
     with jax.set_mesh(mesh):
         rows = _random_rows(cfg, stage) if corpus is None else _corpus_rows(cfg, stage, corpus)
-        ours = _Ours(cfg, stage, rows, _vocab(cfg, corpus))
+        ours = _Ours(cfg, stage_index, rows, _vocab(cfg, corpus))
         result = {
             "config": cfg.name,
             "stage": stage_index,
@@ -105,16 +105,17 @@ def run_bench(
 class _Ours:
     """The compiled step with its state and batch on the devices."""
 
-    def __init__(self, cfg: Config, stage: StageConfig, rows: Mapping[str, np.ndarray], vocab: VocabTables):
+    def __init__(self, cfg: Config, stage: int, rows: Mapping[str, np.ndarray], vocab: VocabTables):
         self.vocab = vocab
         self.compute = Compute.resolve(cfg.compute)
-        objective = MaskedLM(cfg, self.compute, cfg.mask_rate(stage))
+        objective = make_objective(cfg, self.compute, stage)
         optimizer, schedule = make_optimizer(cfg), learning_rate(cfg)
-        step = make_train_step(cfg, stage, objective, optimizer, schedule)
+        step = make_train_step(cfg, cfg.stages[stage], objective, optimizer, schedule)
 
         def create() -> TrainState:
             params = objective.init(jax.random.key(cfg.seed))
-            return init_state(params, optimizer, ema=cfg.optimizer.ema_decay > 0, names=("mlm", "accuracy"))
+            names = objective.loss_names + objective.metric_names
+            return init_state(params, optimizer, ema=cfg.optimizer.ema_decay > 0, names=names)
 
         self.state = jax.jit(create)()
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(ROWS))
@@ -125,7 +126,7 @@ class _Ours:
         interval = jax.device_get(self.metrics["interval"])
         means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in interval.items()}
         self.tokens = means["tokens"]  # real ones, in a step
-        self.flops_per_token = flops.train_flops_per_token(cfg.model, means["segment_length"], means["predicted"])
+        self.flops_per_token = objective.flops_per_token(means["segment_length"], means["predicted"])
 
     def run(self, steps: int) -> None:
         """Runs so many steps, dispatched as training does it, and waits for the last one."""

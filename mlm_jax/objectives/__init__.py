@@ -1,42 +1,26 @@
-"""Pre-training objectives: each turns parameters, a batch and keys into (sum, weight) terms.
+"""Pre-training objectives, one file each, behind the contract of `contract`.
 
-An objective has `init(key) -> params`, `loss(params, batch, keys, vocab) -> LossSums` and
-`evaluate(params, batch, keys, vocab, log_unigram_V) -> sums`. It never divides: the step does, once, by global weights.
+A new one is a class with the members of `Objective`, its line in `OBJECTIVES`, and its name in `config.checks`.
 """
 
-import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
 
-import jax
+from mlm_jax.config import Config
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term
+from mlm_jax.objectives.mlm import MaskedLM
 
+__all__ = ["OBJECTIVES", "Batch", "Keys", "LossSums", "Objective", "Params", "Term", "make_objective"]
 
-class Term(NamedTuple):
-    """A float32 sum over examples and the float32 weight that it is divided by, once, at the end."""
-
-    sum: jax.Array
-    weight: jax.Array
-
-    def mean(self) -> jax.Array:
-        """sum / weight, and 0 where nothing was counted."""
-        empty = self.weight == 0
-        return jax.numpy.where(empty, 0.0, self.sum / jax.numpy.where(empty, 1.0, self.weight))
+# What a recipe's `objective` names: (cfg, compute, stage) -> Objective.
+OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {"mlm": MaskedLM}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossSums:
-    """What an objective adds up over a batch.
+def make_objective(cfg: Config, compute: Compute, stage: int = 0) -> Objective:
+    """The objective that a config names.
 
-    `losses` are the terms whose means are added to form the loss (scaled by their coefficient before they get here).
-    `metrics` are watched only. Weights never depend on the parameters.
+    Args:
+        stage: the index of the stage that it trains. It decides masking rates and numbers of predictions, which only
+            `loss` sees; parameters, logits and evaluation are those of any stage.
     """
-
-    losses: dict[str, Term]
-    metrics: dict[str, Term]
-
-
-class Keys(NamedTuple):
-    """Random keys of a step: `mask` is the run's constant key (each example folds in its own identity)."""
-
-    mask: jax.Array
-    dropout: jax.Array | None
+    return OBJECTIVES[cfg.objective](cfg, compute, stage)

@@ -5,24 +5,50 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mlm_jax.config import Config
+from mlm_jax.config import Config, MaskingConfig
 from mlm_jax.masking import VocabTables
-from mlm_jax.objectives import Keys, Term
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import Batch, Keys, Objective, Params, Term
+from mlm_jax.objectives.mlm import mask_batch
+from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS
 
-EvalStep = Callable[[Any, dict[str, jax.Array], VocabTables, jax.Array], dict[str, Term]]
+EvalStep = Callable[[Params, Batch, VocabTables, jax.Array], dict[str, Term]]
+
+# What every evaluation measures, whatever the objective.
+COMMON = ("loss", "accuracy", "unigram_loss", "unigram_accuracy", "perplexity", "tokens")
 
 
-def make_eval_step(cfg: Config, objective: MaskedLM) -> EvalStep:
-    """The jitted evaluation of one batch: (params, batch, vocab, log_unigram_V) -> sums."""
+def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
+    """The jitted evaluation of one batch: (params, batch, vocab, log_unigram_V) -> sums.
+
+    Loss and accuracy under frozen 80/10/10 masks of single tokens, beside a unigram model's at the same positions, so that
+    any two objectives and rates can be compared; and what the objective measures besides.
+    """
+    frozen = MaskingConfig(rate=cfg.evaluation.mask_rate, static=True)
 
     @jax.jit
-    def eval_step(params: Any, batch: dict[str, jax.Array], vocab: VocabTables, log_unigram_V: jax.Array) -> dict[str, Term]:
-        keys = Keys(jax.random.key(cfg.evaluation.seed), None)
-        return objective.evaluate(params, batch, keys, vocab, log_unigram_V)
+    def eval_step(params: Params, batch: Batch, vocab: VocabTables, log_unigram_V: jax.Array) -> dict[str, Term]:
+        key = jax.random.key(cfg.evaluation.seed)
+        masked = mask_batch(batch, key, vocab, frozen, frozen.rate)
+        logits_BPV = objective.logits(params, masked.inputs_BL, batch["segment_ids"], masked.positions_BP)
+        nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
+        weights_BP = masked.weights_BP
+        unigram_nll_BP = -log_unigram_V.at[masked.targets_BP].get(out_sharding=jax.typeof(weights_BP).sharding.spec)
+        unigram_correct_BP = (masked.targets_BP == jnp.argmax(log_unigram_V)).astype(jnp.float32)
+        measured_BP = {
+            "loss": nll_BP,
+            "accuracy": correct_BP,
+            "unigram_loss": unigram_nll_BP,
+            "unigram_accuracy": unigram_correct_BP,
+        }
+        weight = weights_BP.sum()
+        sums = {name: Term((values_BP * weights_BP).sum(), weight) for name, values_BP in measured_BP.items()}
+        own = objective.evaluate(params, batch, Keys(key, None), vocab)
+        assert not own.keys() & set(COMMON), f"an objective's own measures need names other than {COMMON}"
+        return sums | own
 
     return eval_step
 
@@ -37,6 +63,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all rows: loss and unigram_loss in nats a masked token, perplexity, the accuracies, and their token count.
 
+    What the objective measures besides follows under its own names.
+
     Args:
         rows: `tokens` and `segment_ids`, int32 [rows, L], on the host.
         batch_size: rounded up to what the mesh's rows divide; a last short batch is filled with padding rows.
@@ -44,7 +72,7 @@ def evaluate(
     totals: dict[str, Term] | None = None
     for batch in _batches(rows, batch_size):
         sums = eval_step(params, batch, vocab, log_unigram_V)
-        totals = sums if totals is None else jax.tree.map(jax.numpy.add, totals, sums)
+        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     assert totals is not None, "an evaluation needs rows"
     fetched = jax.device_get(totals)
     means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in fetched.items()}

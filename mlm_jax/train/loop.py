@@ -23,10 +23,10 @@ from mlm_jax.errors import MachineError
 from mlm_jax.fill_mask import Filler
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import ROWS, check_batch, check_model, local_rows, make_mesh
 from mlm_jax.train.checkpoint import Checkpoints
-from mlm_jax.train.evaluate import evaluate, make_eval_step
+from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step
@@ -104,7 +104,7 @@ class _Run:
         log_unigram_V = workdir.log_unigrams(cfg.model.vocab_size)
         self.log_unigram_V = jax.device_put(log_unigram_V, jax.NamedSharding(mesh, jax.P()))
         self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-        self.objective = MaskedLM(cfg, self.compute, cfg.mask_rate(cfg.stages[0]))
+        self.objective = make_objective(cfg, self.compute)
         self.eval_step = make_eval_step(cfg, self.objective)
         self.filler = Filler(self.objective, corpus.tokenizer)
         self.last_time, self.last_step, self.tracing = 0.0, 0, False
@@ -115,7 +115,7 @@ class _Run:
         primary = jax.process_index() == 0
         with (
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=primary) as self.writer,
-            Progress(self.cfg.total_steps, step, is_primary=primary) as self.progress,
+            Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=primary) as self.progress,
         ):
             first, position = 0, collections.Counter[int]()
             for index, stage in enumerate(self.cfg.stages):
@@ -133,7 +133,7 @@ class _Run:
         self, index: int, stage: StageConfig, state: TrainState, first: int, last: int, seen: int
     ) -> TrainState:
         cfg = self.cfg
-        objective = MaskedLM(cfg, self.compute, cfg.mask_rate(stage))
+        objective = make_objective(cfg, self.compute, index)
         first_step = sum(earlier.steps for earlier in cfg.stages[:index])
         train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=first_step)
         validation = self._freeze_validation(stage)
@@ -173,7 +173,7 @@ class _Run:
         return state
 
     def _restore_or_init(self) -> tuple[TrainState, int]:
-        names = ("mlm", "accuracy")
+        names = self.objective.loss_names + self.objective.metric_names
         create = jax.jit(
             lambda: init_state(
                 self.objective.init(jax.random.key(self.cfg.seed)),
@@ -230,9 +230,13 @@ class _Run:
         # After a restart the interval has steps of the process before; this one's clock ran for its own only.
         tokens_per_second = means["tokens"] * (step - self.last_step) / max(seconds, 1e-9)
         self.last_time, self.last_step, self.paused_seconds = now, step, 0.0
+        losses = {name: means[name] for name in self.objective.loss_names}
+        # A term that nothing was counted in adds nothing to the loss.
+        counted = [mean for mean in losses.values() if not math.isnan(mean)]
         values = {
-            "loss": means["mlm"],
-            "accuracy": means["accuracy"],
+            "loss": sum(counted) if counted else math.nan,
+            **(losses if len(losses) > 1 else {}),
+            **{name: means[name] for name in self.objective.metric_names},
             "learning_rate": float(metrics["learning_rate"]),
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_second": tokens_per_second,
@@ -240,7 +244,7 @@ class _Run:
             "skipped": int(interval["skipped"].sum),
             "stage": stage_index,
         }
-        per_token = flops.train_flops_per_token(self.cfg.model, means["segment_length"], means["predicted"])
+        per_token = self.objective.flops_per_token(means["segment_length"], means["predicted"])
         peak = flops.device_peak_flops(jax.devices()[0])
         if peak is not None:
             values["mfu"] = tokens_per_second * per_token / (peak * jax.device_count())
@@ -269,9 +273,10 @@ class _Run:
             )
         )
         logger.info(
-            "step %d held-out: loss %.4f, accuracy %.4f (unigram: %.4f, %.4f)",
+            "step %d held-out: loss %.4f, accuracy %.4f (unigram: %.4f, %.4f)%s",
             step,
             *(values[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")),
+            "".join(f", {name} {value:.4f}" for name, value in values.items() if name not in COMMON),
         )
         probes = self.cfg.evaluation.probes
         if probes:

@@ -11,12 +11,10 @@ import optax
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.embeddings import segment_positions
-from mlm_jax.objectives import Keys, LossSums, Term
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
 from mlm_jax.sharding import ROWS
 from mlm_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]
 StepMetrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch, VocabTables], tuple[TrainState, StepMetrics]]
 
@@ -24,7 +22,7 @@ TrainStep = Callable[[TrainState, Batch, VocabTables], tuple[TrainState, StepMet
 def make_train_step(
     cfg: Config,
     stage: StageConfig,
-    objective: MaskedLM,
+    objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
@@ -45,7 +43,7 @@ def make_train_step(
         if uses_dropout:
             dropout_key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl=objective.compute.dropout_impl), state.step)
         grads, sums = accumulate_gradients(
-            lambda params, micro, key: objective.loss(params, micro, Keys(mask_key, key), vocab),
+            lambda params, micro, key: objective.loss(params, micro, Keys(mask_key, key, state.step), vocab),
             state.params,
             batch,
             dropout_key,
@@ -92,7 +90,7 @@ def accumulate_gradients(
 
     def scaled(params: Any, micro: Batch, key: jax.Array | None, weights: dict[str, jax.Array]) -> Any:
         sums = loss_sums(params, micro, key)
-        return sum(term.sum / jnp.maximum(weights[name], 1.0) for name, term in sums.losses.items()), sums
+        return sum(Term(term.sum, weights[name]).mean() for name, term in sums.losses.items()), sums
 
     if count == 1:
 
@@ -145,7 +143,6 @@ def _add_to_interval(
     # A segment of s tokens has positions 0 … s-1, and the sum of 2p+1 over them is s².
     squares = ((2 * segment_positions(segment_ids_BL) + 1) * real_BL).sum()
     one = jnp.ones(())
-    predicted = next(iter(sums.losses.values())).weight
     current = sums.losses | sums.metrics
     current = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), current)
     current |= {
@@ -153,6 +150,6 @@ def _add_to_interval(
         "tokens": Term(tokens, one),
         "row_fill": Term(tokens, one * segment_ids_BL.size),
         "segment_length": Term(squares, tokens),
-        "predicted": Term(predicted, tokens),
+        "predicted": Term(sums.predicted, tokens),
     }
     return jax.tree.map(lambda old, new: jnp.where(fresh, new, old + new), interval, current)

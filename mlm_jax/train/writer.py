@@ -13,7 +13,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import tensorboardX.event_file_writer
@@ -263,8 +263,13 @@ class Progress:
     A context manager. While the bar is shown, lines of the log go above it.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, *, is_primary: bool) -> None:
-        self._total = total_steps
+    def __init__(
+        self, total_steps: int, start_step: int = 0, metrics: Sequence[str] = ("accuracy",), *, is_primary: bool
+    ) -> None:
+        """Args:
+        metrics: the objective's names of shares, to be shown as percentages.
+        """
+        self._total, self._metrics = total_steps, metrics
         self._is_primary = is_primary
         # The speed of the last updates: a stage of longer rows changes it. The first entry comes with the first update,
         # because what lies before it is mostly compilation.
@@ -302,7 +307,7 @@ class Progress:
         if not self._is_primary:
             return
         self._times.append((step, time.monotonic()))
-        text = " ".join([*_describe(values), f"ETA {self._remaining(step)}"])
+        text = " ".join([*_describe(values, self._metrics), f"ETA {self._remaining(step)}"])
         if self._bar:
             self._bar.update(self._task, completed=step, text=text, refresh=True)
         else:
@@ -316,11 +321,11 @@ class Progress:
         return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _describe(values: Mapping[str, Any]) -> Iterable[str]:
+def _describe(values: Mapping[str, Any], metrics: Sequence[str]) -> Iterable[str]:
     """The numbers of a training line, short enough to stand beside a bar on a terminal of 80 columns."""
     forms = {
         "loss": "loss {:.3f}",
-        "accuracy": "acc {:.1%}",
+        **{name: f"{name.replace('accuracy', 'acc').replace('_', ' ')} {{:.1%}}" for name in metrics},
         "tokens_per_second": "{:,.0f} tok/s",
         "mfu": "MFU {:.1%}",
         "fill_rate": "fill {:.1%}",

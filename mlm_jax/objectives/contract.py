@@ -1,0 +1,97 @@
+"""What an objective is to the rest: the step, evaluation, fill-mask and score see nothing else of it.
+
+An objective turns parameters, a batch and keys into (sum, weight) terms. It never divides: the step does, once, by the
+weights of the global batch, so that a batch has one gradient on any devices and in any number of micro-batches.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mlm_jax.config import Config
+from mlm_jax.masking import VocabTables
+from mlm_jax.model.encoder import Compute
+
+Batch = dict[str, jax.Array]  # int32 tokens and segment_ids [B, L], example_ids and epochs [B]
+Params = dict[str, Any]
+
+
+class Term(NamedTuple):
+    """A float32 sum over examples and the float32 weight that it is divided by, once, at the end."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+    def mean(self) -> jax.Array:
+        """sum / weight, and 0 where nothing was counted."""
+        empty = self.weight == 0
+        return jnp.where(empty, 0.0, self.sum / jnp.where(empty, 1.0, self.weight))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """What an objective adds up over a batch.
+
+    `losses` are the terms whose means are added to form the loss (scaled by their coefficient before they get here).
+    `metrics` are watched only. `predicted` counts the positions that were scored against the vocabulary. Weights and
+    `predicted` never depend on the parameters.
+    """
+
+    losses: dict[str, Term]
+    metrics: dict[str, Term]
+    predicted: jax.Array
+
+
+class Keys(NamedTuple):
+    """Random keys of a step: `mask` is the run's constant key (each example folds in its own identity).
+
+    `step` counts the updates done, for what follows a schedule; it is mixed into no key of a mask.
+    """
+
+    mask: jax.Array
+    dropout: jax.Array | None
+    step: jax.Array | int = 0
+
+
+class Objective(Protocol):
+    """An objective of one stage of a run, made by `make_objective`."""
+
+    loss_names: ClassVar[tuple[str, ...]]  # the keys of `LossSums.losses`
+    metric_names: ClassVar[tuple[str, ...]]  # and of its `metrics`, each a share between 0 and 1
+
+    @property
+    def cfg(self) -> Config: ...
+
+    @property
+    def compute(self) -> Compute: ...
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters as a nested dictionary, each in its sharding on the current mesh."""
+
+    def loss(self, params: Params, batch: Batch, keys: Keys, vocab: VocabTables) -> LossSums:
+        """The sums of a batch or of a micro-batch, of which some rows or all may be padding."""
+
+    def logits(
+        self,
+        params: Params,
+        tokens_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        positions_BP: jax.Array,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Float32 logits [B, P, V] for the tokens at the given positions, from everything else in their segment.
+
+        What evaluation, fill-mask and score read a model by: whatever it was trained for, this predicts a masked token.
+        """
+
+    def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: VocabTables) -> dict[str, Term]:
+        """What is measured on held-out rows beside the masked loss and accuracy that every objective is measured by.
+
+        Of a batch with epoch 0 and a key that is the same at every evaluation, so that its masks are frozen.
+        """
+
+    def flops_per_token(self, segment_length: float, predicted: float) -> float:
+        """Forward and backward FLOPs for one real token, as `flops.train_flops_per_token` counts them."""
