@@ -11,7 +11,7 @@ import numpy as np
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.objectives import Objective
-from mlm_jax.sharding import ROWS
+from mlm_jax.sharding import ROWS, row_ways
 
 Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "probability": float}
 
@@ -39,7 +39,7 @@ class Filler:
             raise UserError(f"top_k={top_k} must lie between 1 and {regular}")
         encoded = [self._encode(text) for text in texts]
         mesh = jax.sharding.get_mesh()
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = row_ways(mesh)
         count = -(-len(texts) // ways) * ways
         limit = self._objective.cfg.model.max_positions
         length = min(limit, _round_up(max(len(ids) for ids in encoded)))

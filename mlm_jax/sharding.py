@@ -1,19 +1,24 @@
 """The device mesh and one named PartitionSpec for every weight and activation of the encoder.
 
-Axes: `data` replicates parameters, `fsdp` shards them, `tensor` splits heads, mlp and vocabulary. Rows of a batch are
-spread over data × fsdp. Every axis is Explicit: an array's type carries its sharding, and ambiguity is an error.
+Axes: `slice` and `data` hold the same parameters, `fsdp` divides them, `tensor` splits heads, mlp and vocabulary. Rows of
+a batch are spread over slice × data × fsdp. Every axis is Explicit: an array's type carries its sharding, and ambiguity
+is an error.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from mlm_jax.config import ModelConfig, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that a batch's rows are spread over
+AXES = ("slice", "data", "fsdp", "tensor")  # from the slowest network to the fastest
+ROWS = ("slice", "data", "fsdp")  # the axes that a batch's rows are spread over
+REPLICAS = ("slice", "data")  # of these, the ones on which every device computes with the same parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Sharding:
     # Weights. A stacked layer's leading axis N is never sharded and is added by the stacking.
     vector: jax.P = jax.P(None)
     embedding_VD: jax.P = jax.P("tensor", "fsdp")
-    table: jax.P = jax.P(None, None)  # positions, token types, and the token table while rows are looked up
+    table: jax.P = jax.P(None, None)  # positions and token types
     projection_DHK: jax.P = jax.P("fsdp", "tensor", None)
     projection_bias_HK: jax.P = jax.P("tensor", None)
     output_HKD: jax.P = jax.P("tensor", None, "fsdp")
@@ -48,13 +53,11 @@ def make_mesh(cfg: ShardingConfig, devices: Sequence[jax.Device] | None = None) 
     """The mesh that a config asks for, over all devices unless some are given.
 
     Raises:
-        UserError: the axis sizes do not multiply out to the number of devices.
+        UserError: the axis sizes do not multiply out to the number of devices, or `slice` is not what the devices form.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {name: getattr(cfg, name) for name in AXES}
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size > 0 else 1
+    fixed = math.prod(size for size in sizes.values() if size > 0)
     free = [name for name, size in sizes.items() if size == -1]
     if len(devices) % fixed or (not free and fixed != len(devices)):
         wanted = " × ".join(f"{name}={size}" for name, size in sizes.items())
@@ -62,7 +65,67 @@ def make_mesh(cfg: ShardingConfig, devices: Sequence[jax.Device] | None = None) 
     for name in free:
         sizes[name] = len(devices) // fixed
     kinds = (jax.sharding.AxisType.Explicit,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = len({device.process_index for device in devices})
+    if slices > 1 and sizes["slice"] != slices:
+        raise UserError(f"sharding.slice={sizes['slice']}, but the devices form {slices} slices; set it to {slices}")
+    if sizes["slice"] == 1 or max(slices, processes) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+    if slices == 1 and sizes["slice"] != processes:
+        raise UserError(
+            f"sharding.slice={sizes['slice']}, but the devices belong to {processes} processes: "
+            f"set it to {processes}, or to 1"
+        )
+    within, between = (1, *list(sizes.values())[1:]), (sizes["slice"], 1, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, process_is_granule=slices == 1, allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
+
+
+def gather(params: Any, axes: Sequence[str]) -> Any:
+    """Parameters made whole along these axes, for computing with rows that are spread over them.
+
+    Their type says so (`reduced`), and a gradient's type then that it is a partial sum (`unreduced`): partial sums of all
+    the uses of a parameter, and of all micro-batches, are added where they arise, and between the devices only once.
+    """
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        spec = jax.typeof(leaf).sharding.spec
+        left = [_axes(part, without=axes) for part in spec.partitions]
+        return jax.reshard(leaf, jax.P(*left, reduced=spec.reduced | (set(axes) & set(ROWS))))
+
+    return jax.tree.map(whole, params)
+
+
+def divide(params: Any) -> Any:
+    """Parameters divided over `data` as well: each by the first of its dimensions that can be, its last one at last.
+
+    The last dimension is the one that a device stores in vectors of a fixed size. What no dimension divides stays whole.
+    """
+    ways = jax.sharding.get_abstract_mesh().shape
+
+    def part(leaf: jax.Array) -> jax.Array:
+        parts = list(jax.typeof(leaf).sharding.spec.partitions)
+        for index, size in enumerate(leaf.shape):
+            axes = (*(_axes(parts[index]) or ()), "data")
+            if size % math.prod(ways[axis] for axis in axes) == 0:
+                parts[index] = axes
+                break
+        return jax.reshard(leaf, jax.P(*parts))
+
+    return jax.tree.map(part, params)
+
+
+def _axes(part: Any, without: Sequence[str] = ()) -> tuple[str, ...] | None:
+    """One dimension's entry of a spec as a tuple of axes, or None."""
+    axes = (part,) if isinstance(part, str) else part or ()
+    return tuple(axis for axis in axes if axis not in without) or None
+
+
+def row_ways(mesh: jax.sharding.Mesh) -> int:
+    """How many parts the rows of a batch are divided into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
@@ -74,12 +137,12 @@ def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
 
 def check_batch(stage: StageConfig, mesh: jax.sharding.Mesh, where: str) -> None:
     """Refuses a global batch whose micro-batches the mesh cannot spread evenly."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     micro = stage.batch_size // stage.accumulation
     if micro % ways:
         raise UserError(
             f"{where}: a micro-batch of {micro} rows (batch_size={stage.batch_size} / accumulation={stage.accumulation}) "
-            f"cannot be divided over data × fsdp = {ways} devices; use a multiple of {ways}"
+            f"cannot be divided over slice × data × fsdp = {ways} devices; use a multiple of {ways}"
         )
 
 

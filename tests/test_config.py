@@ -203,8 +203,10 @@ CHECKS = [
         (f"train.{name}=0", f"train.{name}=0 must be positive")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_nonfinite")
     ),
-    ("sharding.fsdp=-1", "sharding sizes [-1, -1, 1]: positive; one of data and fsdp may be -1"),
-    ("sharding.tensor=0", "sharding sizes [-1, 1, 0]: positive"),
+    ("sharding.fsdp=-1", "sharding sizes [1, -1, -1, 1] of slice, data, fsdp and tensor: positive; one of the first three"),
+    ("sharding.tensor=0", "sharding sizes [1, -1, 1, 0] of slice, data, fsdp and tensor: positive"),
+    ("sharding.slice=-2", "sharding sizes [-2, -1, 1, 1] of slice"),
+    ("sharding.zero=True sharding.data=1", "sharding.zero=True divides the state over data, but sharding.data=1"),
     ("sharding.tensor=3", "sharding.tensor=3 must divide model.num_heads=4"),
     ("objective=mlmm", "objective='mlmm' is none of mlm; did you mean 'mlm'?"),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
@@ -223,7 +225,7 @@ CHECKS = [
 @pytest.mark.parametrize(("override", "message"), CHECKS, ids=[override for override, _ in CHECKS])
 def test_each_relation_between_fields_is_checked(recipe, override, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        load_config(recipe, [override])
+        load_config(recipe, override.split())
 
 
 # What would otherwise end as a traceback, or as nonsense, after the corpus has been prepared.

@@ -15,10 +15,9 @@ from mlm_jax.config import ComputeConfig, Config, ModelConfig, ShardingConfig, l
 from mlm_jax.errors import UserError
 from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.embeddings import segment_positions
-from mlm_jax.model.encoder import Compute
+from mlm_jax.model.encoder import Compute, ready
 from mlm_jax.model.layers import LayerNorm, dropout, weight_init
 from mlm_jax.objectives.mlm import MaskedLM
-from mlm_jax.objectives.network import cast
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import make_mesh
 
@@ -345,7 +344,7 @@ def test_without_a_key_nothing_is_dropped():
 
 def test_bfloat16_leaves_the_norms_in_float32():
     dtypes = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (jax.tree_util.keystr(path), leaf.dtype), jax.eval_shape(lambda: cast(init(), jnp.bfloat16))
+        lambda path, leaf: (jax.tree_util.keystr(path), leaf.dtype), jax.eval_shape(lambda: ready(init(), jnp.bfloat16))
     )
     for name, dtype in jax.tree.leaves(dtypes, is_leaf=lambda x: isinstance(x, tuple)):
         assert dtype == (jnp.float32 if "norm" in name else jnp.bfloat16), name

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tiny_step import (
     BATCH,
-    CFG,
     LENGTH,
     MESHES,
     QUICK,
@@ -60,7 +59,7 @@ def test_steps_are_traced_and_compiled_once_and_need_nothing_from_the_host(one):
 
 @pytest.mark.parametrize(("mesh_name", "accumulation"), [("1", 1), ("1", 2), ("8", 1), ("2x2x2", 1)])
 def test_no_array_has_logits_of_every_position(mesh_name, accumulation):
-    run, tensor = program(mesh_name, accumulation), MESHES[mesh_name][-1]
+    run, tensor = program(mesh_name, accumulation), MESHES[mesh_name].tensor
     rows = BATCH // accumulation // (run.mesh.size // tensor)  # on one device at a time
     assert rows * SLOTS * VOCAB // tensor in run.sizes  # those of the predicted positions
     assert max(run.sizes) < rows * LENGTH * VOCAB // tensor
@@ -88,13 +87,17 @@ def test_the_program_never_calls_the_host(mesh_name, accumulation):
     assert not [target for target in targets if re.search("python|callback|host", target, re.IGNORECASE)]
 
 
-# What each mesh has to communicate, and nothing else: gradients and sums over rows; parameters that fsdp has split;
-# partial results of layers that tensor has split, and one transposition of a weight split over another axis there.
+# What each mesh has to communicate, and nothing else: gradients and sums over rows; parameters that fsdp or ZeRO has
+# divided; partial results of layers that tensor has split. XLA:CPU scatters by an all-reduce of which each device keeps
+# its part.
 COLLECTIVES = {
     "1": set(),
     "8": {"all-reduce"},
+    "sliced": {"all-reduce"},
+    "zero": {"all-reduce", "all-gather"},
+    "sliced zero": {"all-reduce", "all-gather"},
     "fsdp": {"all-reduce", "all-gather"},
-    "2x2x2": {"all-reduce", "all-gather", "collective-permute"},
+    "2x2x2": {"all-reduce", "all-gather"},
 }
 KINDS = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"}
 
@@ -104,16 +107,26 @@ def test_the_collectives_of_each_mesh(mesh_name):
     assert {each.kind for each in program(mesh_name, 1).instructions} & KINDS == COLLECTIVES[mesh_name]
 
 
-def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums():
-    found = collections.Counter(map(math.prod, program("8", 1).results("all-reduce")))
-    assert found.pop(1) < 20
-    weights = parameters()
-    layers = [leaf.size for leaf in jax.tree.leaves(weights["encoder"]["layers"])]
-    expected = collections.Counter(leaf.size for leaf in jax.tree.leaves(weights))
-    expected -= collections.Counter(layers)
-    expected += collections.Counter(size // CFG.model.num_layers for size in layers)  # in the loop over layers
-    expected[VOCAB * CFG.model.embed_dim] += 1  # the tied table is read and written: each of its uses has a gradient
-    assert found == expected
+@pytest.mark.parametrize(("mesh_name", "accumulation"), [("8", 1), ("8", 2), ("sliced", 1), ("zero", 1), ("zero", 2)])
+def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums(mesh_name, accumulation):
+    """Neither once a layer, nor once a micro-batch, nor once for each use of the tied table."""
+    found = collections.Counter(map(math.prod, program(mesh_name, accumulation).results("all-reduce")))
+    assert found.pop(1) < 40  # the loss's, and under ZeRO one for each parameter's part of the norm
+    assert found == collections.Counter(leaf.size for leaf in jax.tree.leaves(parameters()))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_parameters_divided_by_zero_are_gathered_once_a_step(accumulation):
+    run = program("zero", accumulation)
+    found = collections.Counter(map(math.prod, run.results("all-gather")))
+    assert found == collections.Counter(leaf.size for leaf in jax.tree.leaves(parameters()))
+
+
+def test_zero_divides_the_whole_state():
+    with jax.set_mesh(mesh_of("zero")):
+        state = program("zero", 1).state()
+    for leaf in jax.tree.leaves((state.params, state.opt_state, state.ema)):
+        assert leaf.ndim == 0 or leaf.addressable_shards[0].data.size == leaf.size / 8, leaf.shape
 
 
 def test_sharded_parameters_are_gathered_and_activations_are_not():

@@ -115,7 +115,8 @@ class _Ours:
         def create() -> TrainState:
             params = objective.init(jax.random.key(cfg.seed))
             names = objective.loss_names + objective.metric_names
-            return init_state(params, optimizer, ema=cfg.optimizer.ema_decay > 0, names=names)
+            ema, zero = cfg.optimizer.ema_decay > 0, cfg.sharding.zero
+            return init_state(params, optimizer, ema=ema, names=names, zero=zero)
 
         self.state = jax.jit(create)()
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(ROWS))

@@ -104,10 +104,15 @@ def _check_model(cfg: Config) -> None:
         f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds model.vocab_size={model.vocab_size}: "
         "raise the model's or lower the tokenizer's",
     )
-    sizes = [sharding.data, sharding.fsdp, sharding.tensor]
+    sizes = [sharding.slice, sharding.data, sharding.fsdp, sharding.tensor]
     _require(
         sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes) and sharding.tensor > 0,
-        f"sharding sizes {sizes}: positive; one of data and fsdp may be -1, the devices that are left",
+        f"sharding sizes {sizes} of slice, data, fsdp and tensor: positive; one of the first three may be -1, the devices "
+        "that are left",
+    )
+    _require(
+        not sharding.zero or sharding.data != 1,
+        "sharding.zero=True divides the state over data, but sharding.data=1: set it to -1 or leave zero out",
     )
     for axis, fields in (("tensor", ("num_heads", "mlp_dim", "vocab_size")), ("fsdp", ("embed_dim",))):
         for name in fields:

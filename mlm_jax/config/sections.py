@@ -110,11 +110,16 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingConfig:
-    """Sizes of the mesh's axes; -1 (once) takes the devices that are left."""
+    """Sizes of the mesh's axes, and what is divided over them; -1 (once) takes the devices that are left.
 
+    Replicated: data=-1. ZeRO: data=-1, zero=True. FSDP: data=1, fsdp=-1. FSDP and tensor: data=1, fsdp=-1, tensor=4.
+    """
+
+    slice: int = 1  # TPU slices, or hosts of GPUs, joined by a slower network than their own
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    zero: bool = False  # float32 parameters, moments and average are divided over data, and gathered once a step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.errors import UserError
-from mlm_jax.model.layers import dropout, parameter, weight_init
+from mlm_jax.model.layers import along, dropout, parameter, weight_init
 from mlm_jax.sharding import ROWS, SHARDING
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ class Attention(nnx.Module):
             kernel_DHK, bias_HK = kernel[...], bias[...]
             if implementation != "xla":
                 heads_BHLK = jnp.einsum("BLD,DHK->BHLK", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
-                return heads_BHLK + bias_HK[None, :, None]
-            flat_DF = jnp.reshape(kernel_DHK, (kernel_DHK.shape[0], -1), out_sharding=SHARDING.up_DF)
-            flat_F = jnp.reshape(bias_HK, (-1,), out_sharding=SHARDING.up_bias_F)
-            flat_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, flat_DF, out_sharding=SHARDING.mlp_BLF) + flat_F[None, None]
+                return heads_BHLK + along(bias_HK, heads_BHLK, 1, 3)
+            flat_DF = _merge_heads(kernel_DHK, 1)
+            flat_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, flat_DF, out_sharding=SHARDING.mlp_BLF)
+            flat_BLF += along(_merge_heads(bias_HK, 0), flat_BLF, 2)
             shape_BLHK = (*hidden_BLD.shape[:2], *bias_HK.shape)
             return jnp.reshape(flat_BLF, shape_BLHK, out_sharding=SHARDING.heads_BLHK).swapaxes(1, 2)
 
@@ -70,11 +70,19 @@ class Attention(nnx.Module):
         if implementation != "xla":
             out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
         else:
-            flat_FD = jnp.reshape(output_HKD, (-1, output_HKD.shape[-1]), out_sharding=SHARDING.down_FD)
+            flat_FD = _merge_heads(output_HKD, 0)
             shape_BLF = (*hidden_BLD.shape[:2], flat_FD.shape[0])
             flat_BLF = jnp.reshape(mixed_BHLK.swapaxes(1, 2), shape_BLF, out_sharding=SHARDING.mlp_BLF)
             out_BLD = jnp.einsum("BLF,FD->BLD", flat_BLF, flat_FD, out_sharding=SHARDING.hidden_BLD)
-        return out_BLD + self.output_bias_D[...][None, None]
+        return out_BLD + along(self.output_bias_D[...], out_BLD, 2)
+
+
+def _merge_heads(param: jax.Array, axis: int) -> jax.Array:
+    """A parameter with its heads, at this axis, and their dimension as one axis."""
+    spec, shape = jax.typeof(param).sharding.spec, param.shape
+    parts = (*spec.partitions[: axis + 1], *spec.partitions[axis + 2 :])
+    merged = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+    return jnp.reshape(param, merged, out_sharding=jax.P(*parts, reduced=spec.reduced))
 
 
 def attend(

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.model.layers import LayerNorm, dropout, parameter, weight_init
-from mlm_jax.sharding import SHARDING
+from mlm_jax.sharding import SHARDING, gather
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
@@ -19,8 +19,8 @@ def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
 
 
 def lookup(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """Rows of a table, sharded as activations. A sharded table is gathered first, its gradient reduced and scattered."""
-    return jax.reshard(table_VD, SHARDING.table).at[ids_BL].get(out_sharding=SHARDING.hidden_BLD)
+    """Rows of a table, sharded as activations. A vocabulary divided over `tensor` is gathered first."""
+    return gather(table_VD, ("tensor",)).at[ids_BL].get(out_sharding=SHARDING.hidden_BLD)
 
 
 class Embeddings(nnx.Module):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from flax import nnx
 from mlm_jax.config import ComputeConfig, ModelConfig
 from mlm_jax.model.attention import Attention, choose_implementation
 from mlm_jax.model.embeddings import Embeddings, segment_positions
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, dropout, parameter, weight_init
-from mlm_jax.sharding import SHARDING
+from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, along, dropout, parameter, weight_init
+from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
         up_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, self.up_DF[...], out_sharding=SHARDING.mlp_BLF)
-        up_BLF = ACTIVATIONS[self.activation](up_BLF + self.up_bias_F[...][None, None])
+        up_BLF = ACTIVATIONS[self.activation](up_BLF + along(self.up_bias_F[...], up_BLF, 2))
         out_BLD = jnp.einsum("BLF,FD->BLD", up_BLF, self.down_FD[...], out_sharding=SHARDING.hidden_BLD)
-        return out_BLD + self.down_bias_D[...][None, None]
+        return out_BLD + along(self.down_bias_D[...], out_BLD, 2)
 
 
 class Block(nnx.Module):
@@ -121,6 +122,7 @@ class Encoder(nnx.Module):
 
         def apply(hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
             block, layer_key = layer
+            block = gather(block, ("fsdp",))
             return block(hidden_BLD, segment_ids_BL, layer_key, implementation), None
 
         # Within a scan nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.
@@ -131,6 +133,19 @@ class Encoder(nnx.Module):
         for layer in _unstack(stacked, cfg.num_layers):
             hidden_BLD, _ = apply(hidden_BLD, layer)
         return hidden_BLD
+
+
+def ready(params: Any, dtype: jnp.dtype) -> Any:
+    """Parameters as the model computes with them: in the compute dtype, the norms in float32, and whole on every device.
+
+    Only the layers stay divided over `fsdp`; each is gathered where it is used. Done once a step, outside all loops.
+    """
+
+    def convert(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        return gather(leaf if "norm" in name else leaf.astype(dtype), REPLICAS if "layers" in name else ROWS)
+
+    return jax.tree_util.tree_map_with_path(convert, params)
 
 
 def _rematerialise(apply, policy: str, *, prevent_cse: bool):  # type: ignore[no-untyped-def]  # a function to a function of the same type

@@ -30,6 +30,14 @@ def weight_init(cfg: ModelConfig) -> Callable[..., jax.Array]:
     return jax.nn.initializers.normal(stddev=cfg.init_std)
 
 
+def along(param: jax.Array, like: jax.Array, *dimensions: int) -> jax.Array:
+    """A parameter repeated over the other dimensions of an activation, and sharded as that one is.
+
+    Plain broadcasting would do for the values, but not for a parameter of type `reduced` (`mlm_jax.sharding.gather`).
+    """
+    return jax.lax.broadcast_in_dim(param, like.shape, dimensions, out_sharding=jax.typeof(like).sharding.spec)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation with statistics in float32 whatever the input's dtype."""
 
@@ -44,8 +52,8 @@ class LayerNorm(nnx.Module):
             centred_BLD = x_BLD - x_BLD.mean(-1, keepdims=True)
             variance_BL1 = jnp.square(centred_BLD).mean(-1, keepdims=True)
             normed_BLD = centred_BLD * jax.lax.rsqrt(variance_BL1 + self.eps)
-            scale_11D, bias_11D = (p[...][None, None].astype(jnp.float32) for p in (self.scale_D, self.bias_D))
-            return (normed_BLD * scale_11D + bias_11D).astype(hidden_BLD.dtype)
+            scale_BLD, bias_BLD = (along(p[...].astype(jnp.float32), x_BLD, 2) for p in (self.scale_D, self.bias_D))
+            return (normed_BLD * scale_BLD + bias_BLD).astype(hidden_BLD.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

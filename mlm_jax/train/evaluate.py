@@ -13,7 +13,7 @@ from mlm_jax.masking import VocabTables
 from mlm_jax.objectives import Batch, Keys, Objective, Params, Term
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.scoring import score_targets
-from mlm_jax.sharding import ROWS
+from mlm_jax.sharding import ROWS, row_ways
 
 EvalStep = Callable[[Params, Batch, VocabTables, jax.Array], dict[str, Term]]
 
@@ -84,7 +84,7 @@ def evaluate(
 
 def _batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str, jax.Array]]:
     mesh = jax.sharding.get_mesh()
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     batch_size = -(-batch_size // ways) * ways
     sharding = jax.NamedSharding(mesh, jax.P(ROWS))
     count = len(rows["tokens"])

@@ -180,6 +180,7 @@ class _Run:
                 self.optimizer,
                 ema=self.cfg.optimizer.ema_decay > 0,
                 names=names,
+                zero=self.cfg.sharding.zero,
             )
         )
         abstract = jax.tree.map(self._concrete, jax.eval_shape(create))

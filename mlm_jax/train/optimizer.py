@@ -87,8 +87,8 @@ def _inverse_sqrt(peak: float, floor: float, warmup_steps: int) -> optax.Schedul
 def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
     """Clipping, moments, decoupled weight decay, LAMB's trust ratio, and the learning rate, in this order.
 
-    Its `update` takes `finite`, which leaves the moments as they are when false. The decay is multiplied by the learning
-    rate but not by the moments.
+    Its `update` takes `finite`, which leaves the moments as they are when false, and `grad_norm`, so as not to compute it
+    again. The decay is multiplied by the learning rate but not by the moments.
 
     Source: google-research/bert:optimization.py (AdamW, there without bias correction); arXiv:1904.00962, algorithm 2,
     and NVIDIA/apex:apex/optimizers/fused_lamb.py (LAMB: what does not decay is not rescaled either).
@@ -127,18 +127,20 @@ def decay_mask(params: Any, *, embeddings: bool = True, norms_and_biases: bool =
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     """Scales gradients down to a global norm of `limit` where it is larger.
 
     By one multiplication, which XLA fuses into the moments; optax's division is computed apart and stored.
     """
 
-    def update(grads: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        del params
-        scale = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(grads), jnp.finfo(jnp.float32).tiny))
+    def update(
+        grads: Any, state: Any, params: Any = None, *, grad_norm: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, optax.EmptyState]:
+        norm = optax.tree.norm(grads) if grad_norm is None else grad_norm
+        scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, *, bias_correction: bool) -> optax.GradientTransformationExtraArgs:

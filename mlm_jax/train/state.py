@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mlm_jax.objectives import Term
+from mlm_jax.sharding import divide
 
 
 @jax.tree_util.register_dataclass
@@ -30,12 +31,16 @@ class TrainState:
 INTERVAL_METRICS = ("skipped", "tokens", "row_fill", "segment_length", "predicted")
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool, names: tuple[str, ...]) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, *, ema: bool, names: tuple[str, ...], zero: bool = False
+) -> TrainState:
     """A state at step 0; traceable, so that `jax.jit` creates every array in its sharding.
 
     Args:
+        zero: divides parameters, and with them moments and average, over the data axis.
         names: the objective's loss and metric names, to be averaged beside the loop's own.
     """
+    params = divide(params) if zero else params
     # Each leaf is its own buffer: a donated state must not hold one array twice.
     interval = {name: Term(jnp.zeros(()), jnp.zeros(())) for name in (*names, *INTERVAL_METRICS)}
     return TrainState(

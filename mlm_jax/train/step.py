@@ -11,6 +11,7 @@ import optax
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.embeddings import segment_positions
+from mlm_jax.model.encoder import ready
 from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
 from mlm_jax.sharding import ROWS
 from mlm_jax.train.state import TrainState
@@ -31,7 +32,7 @@ def make_train_step(
     """The jitted step of one stage: (state, batch, vocab) -> (state, device scalars). The state is donated.
 
     Args:
-        batch: int32 `tokens` and `segment_ids` [B, L], `example_ids` and `epochs` [B], rows over data × fsdp.
+        batch: int32 `tokens` and `segment_ids` [B, L], `example_ids` and `epochs` [B], rows over slice × data × fsdp.
         first_step: the steps done before this stage; a log line's means never span two stages.
     """
     uses_dropout = cfg.model.dropout > 0 or cfg.model.attention_dropout > 0
@@ -48,13 +49,15 @@ def make_train_step(
             batch,
             dropout_key,
             stage.accumulation,
+            objective.compute.dtype,
         )
         loss = total_loss(sums)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             # A non-finite step is gated inside each update and not undone afterwards: undoing would copy the state.
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
+            extra = {"finite": finite, "grad_norm": grad_norm}
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
             params = jax.tree.map(lambda old, update: jnp.where(finite, old + update, old), state.params, updates)
             ema = state.ema
             if ema is not None:
@@ -80,13 +83,27 @@ def accumulate_gradients(
     batch: Batch,
     dropout_key: jax.Array | None,
     count: int,
+    dtype: jnp.dtype,
 ) -> tuple[Any, LossSums]:
     """The gradient of the global batch's loss, in `count` micro-batches, and the batch's sums.
+
+    Parameters are cast to `dtype` and gathered once. Each device adds up its own share of the gradient, over all micro-
+    batches in float32, and only then is it reduced, onto the devices that hold the parameter: scattered where ZeRO has
+    divided it.
 
     Each loss term is divided by its weight over the whole batch, so the result does not depend on `count`. The weights are
     needed before the first backward pass; as they do not depend on the parameters, the compiler reduces that first pass to
     the masking alone.
     """
+
+    stored = params
+    params = ready(stored, dtype)
+
+    def reduced(grads: Any) -> Any:
+        def onto(grad: jax.Array, param: jax.Array) -> jax.Array:
+            return jax.reshard(grad, jax.typeof(param).sharding.spec).astype(param.dtype)
+
+        return jax.tree.map(onto, grads, stored)
 
     def scaled(params: Any, micro: Batch, key: jax.Array | None, weights: dict[str, jax.Array]) -> Any:
         sums = loss_sums(params, micro, key)
@@ -99,7 +116,7 @@ def accumulate_gradients(
             return total_loss(sums), sums
 
         (_, sums), grads = jax.value_and_grad(whole, has_aux=True)(params)
-        return grads, sums
+        return reduced(grads), sums
 
     micro_batches = {name: _split_rows(array, count) for name, array in batch.items()}
     keys = None if dropout_key is None else jax.random.split(dropout_key, count)
@@ -116,9 +133,15 @@ def accumulate_gradients(
 
     one = jax.tree.map(lambda x: x[0], (micro_batches, keys))
     shapes = jax.eval_shape(lambda p: loss_sums(p, *one), params)
-    start = jax.tree.map(jnp.zeros_like, (params, shapes))
+    start = jax.tree.map(_zero_gradient, params), jax.tree.map(jnp.zeros_like, shapes)
     (grads, sums), _ = jax.lax.scan(body, start, (micro_batches, keys))
-    return grads, sums
+    return reduced(grads), sums
+
+
+def _zero_gradient(param: jax.Array) -> jax.Array:
+    """Where a parameter's gradient starts to be added up: in float32, and a partial sum on each device."""
+    spec = jax.typeof(param).sharding.spec
+    return jnp.zeros(param.shape, jnp.float32, out_sharding=jax.P(*spec.partitions, unreduced=spec.reduced))
 
 
 def total_loss(sums: LossSums) -> jax.Array:
