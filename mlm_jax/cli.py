@@ -298,6 +298,27 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
     return result
 
 
+def _declare_compile(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME", help="as v5e:16x16, or 2x v5e:16x16 for two slices")
+    parser.add_argument("--slices", type=int, default=1, help="so many slices of the topology (default 1)")
+    parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
+
+
+def _compile(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.compile.topology import ENVIRONMENT
+    from mlm_jax.config import load_config
+
+    cfg = load_config(options.config, overrides)
+    os.environ.update(ENVIRONMENT)  # before JAX is imported
+    from mlm_jax.compile import run_compile
+    from mlm_jax.compile.table import format_result
+
+    result = run_compile(cfg, options.topology, stage_index=options.stage, slices=options.slices)
+    print(format_result(result))
+    return result
+
+
 @contextlib.contextmanager
 def _device_errors() -> Any:
     """Tells a device's lack of memory in one message; any other error of the runtime stays a traceback."""
@@ -323,5 +344,6 @@ VERBS: dict[str, tuple[str, Declare, Run]] = {
     "fill-mask": ("the most probable tokens at each [MASK]", _declare_fill_mask, _fill_mask),
     "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
     "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),
+    "compile": ("memory, collectives and estimated speed of a step on a TPU that is not here", _declare_compile, _compile),
     "report": ("one HTML page of one or more runs", _declare_report, _report),
 }

@@ -1,0 +1,92 @@
+"""How long a collective takes on the links of a TPU slice and between slices: arithmetic, as compilers do not say.
+
+The bound is what the chip with the fewest links has to receive. Nothing is added for contention with other traffic.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+
+from mlm_jax.compile.hlo import Instruction, Module, array_bytes, replica_groups
+from mlm_jax.compile.topology import Topology
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# About what one hop takes whatever it carries. Source: jax-ml/scaling-book:tpus.md.
+HOP_SECONDS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation: what a device holds of it in full, the mesh axes that it runs over, and its time."""
+
+    kind: str
+    axes: str
+    bytes: int
+    seconds: float
+
+
+def collective_kind(opcode: str) -> str | None:
+    """Which collective an instruction is or begins, or None for any other."""
+    kind = opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def measure(one: Instruction, module: Module, mesh: jax.sharding.Mesh, topology: Topology) -> Collective:
+    """The collective that an instruction is or begins."""
+    kind = collective_kind(one.opcode)
+    assert kind is not None, f"{one.opcode} is no collective"
+    given = sum(array_bytes(module.result_of(name)) for name in one.operands)
+    groups = replica_groups(one.attributes, mesh.size)
+    group = groups[0]
+    size = given * len(group) if kind == "all-gather" else given
+    return Collective(kind, axes_of(group, mesh), size, _seconds(kind, size, group, mesh, topology))
+
+
+def axes_of(group: Sequence[int], mesh: jax.sharding.Mesh) -> str:
+    """The mesh axes along which a group's devices differ, as `data` or `data×fsdp`."""
+    sizes = tuple(mesh.shape.values())
+    places = [_unravel(device, sizes) for device in group]
+    differing = [name for axis, name in enumerate(mesh.axis_names) if len({place[axis] for place in places}) > 1]
+    return "×".join(differing) or "none"
+
+
+def _unravel(index: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    place = []
+    for size in reversed(sizes):
+        index, rest = divmod(index, size)
+        place.append(rest)
+    return tuple(reversed(place))
+
+
+def _seconds(kind: str, size: int, group: Sequence[int], mesh: jax.sharding.Mesh, topology: Topology) -> float:
+    """Within a slice first, then between slices what is left to each device, then back."""
+    if len(group) == 1:
+        return 0.0
+    devices = [mesh.devices.flat[index] for index in group]
+    slices = {getattr(device, "slice_index", None) or 0 for device in devices}
+    inside = len(group) // len(slices)
+    bandwidth, hops = _torus(devices, topology)
+    passes = 2 if kind == "all-reduce" else 1
+    seconds = 0.0
+    if inside > 1:
+        share = 1.0 if kind == "collective-permute" else (inside - 1) / inside
+        seconds += passes * (share * size / bandwidth + hops * HOP_SECONDS)
+    if len(slices) > 1:
+        share = passes * (len(slices) - 1) / len(slices)
+        seconds += share * size / inside / topology.chip.dcn_bytes_per_second
+    return seconds
+
+
+def _torus(devices: Sequence[jax.Device], topology: Topology) -> tuple[float, int]:
+    """Bytes a second into the chip with the fewest links to the others, and the hops across the group."""
+    links, hops = 0, 0
+    for axis, whole in enumerate(topology.shape):
+        extent = len({device.coords[axis] for device in devices})
+        if extent == 1:
+            continue
+        ring = extent == whole and whole % topology.chip.wrap == 0
+        links += 2 if ring else 1
+        hops += math.ceil(extent / 2) if ring else extent - 1
+    return max(1, links) * topology.chip.link_bytes_per_second, hops

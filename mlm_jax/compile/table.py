@@ -1,0 +1,77 @@
+"""What `compile` found as a table for reading."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Result = Mapping[str, Any]
+GiB = 2**30
+
+
+def format_result(result: Result) -> str:
+    """What `run_compile` returned, in lines of at most 120 characters."""
+    blocks = [_heading(result), _memory(result), _estimate(result), _groups(result), _collectives(result)]
+    return "\n\n".join("\n".join(block) for block in map(list, blocks) if block)
+
+
+def _heading(result: Result) -> Iterator[str]:
+    mesh = " × ".join(f"{name}={size}" for name, size in result["mesh"].items())
+    micro = f" in {result['accumulation']} micro-batches" if result["accumulation"] > 1 else ""
+    yield (
+        f"{result['config']}, stage {result['stage']}: {result['batch_size']} rows of {result['seq_len']} tokens{micro}, "
+        f"{result['parameters']:,} parameters"
+    )
+    yield (
+        f"compiled in {result['compile_seconds']:.0f} s for {result['topology']}: {result['num_devices']} × "
+        f"{result['device']}, {mesh}"
+    )
+    yield (
+        f"{result['dtype']}, layers {result['layers']}, remat {result['remat']}, attention {result['attention']}; "
+        "no device was used"
+    )
+
+
+def _memory(result: Result) -> Iterator[str]:
+    memory = result["memory"]
+    yield f"{'memory of a device':30}{'GiB':>10}{'share':>10}"
+    for kind, size in memory["kinds"].items():
+        if size:
+            yield f"  {kind:28}{size / GiB:10.2f}{size / memory['limit']:10.1%}"
+    yield f"  {'together':28}{memory['total'] / GiB:10.2f}{memory['total'] / memory['limit']:10.1%}"
+    yield f"  {'of':28}{memory['limit'] / GiB:10.2f}"
+
+
+def _estimate(result: Result) -> Iterator[str]:
+    estimate = result["estimate"]
+    yield f"ESTIMATE by the compiler's cost model and arithmetic: {estimate['milliseconds']:,.2f} ms a step"
+    mfu = "unknown" if estimate["mfu"] is None else f"{estimate['mfu']:.1%}"
+    yield (
+        f"  {estimate['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, at {result['flops_per_token'] / 1e6:,.1f} MFLOP a "
+        f"token and {result['tokens']:,} tokens a step"
+    )
+    yield (
+        f"  of it by arithmetic: Pallas kernels {estimate['kernel_milliseconds']:,.2f} ms, at the share of the peak that "
+        "their head dimension"
+    )
+    yield (
+        f"  fills of a matrix unit; instructions that the model leaves out {estimate['moved_milliseconds']:,.2f} ms, as "
+        "memory traffic; collectives"
+    )
+    for what, count in estimate["unknown"].items():
+        yield f"  {count} {what}: the step is longer than this"
+
+
+def _groups(result: Result) -> Iterator[str]:
+    total = result["estimate"]["milliseconds"]
+    yield f"{'estimate by operation':30}{'ms':>10}{'share':>10}{'backward':>12}{'products':>12}"
+    for name, group in result["estimate"]["groups"].items():
+        own = group["milliseconds"]
+        yield f"  {name:28}{own:10,.2f}{own / total:10.1%}{group['backward']:12,.2f}{group['matrix_products']:12,.2f}"
+
+
+def _collectives(result: Result) -> Iterator[str]:
+    if not result["collectives"]:
+        return
+    yield f"{'collectives of a step':30}{'count':>10}{'MB':>10}{'ms':>12}  on the links alone"
+    for found in result["collectives"]:
+        name = f"{found['kind']} over {found['axes']}"
+        yield f"  {name:28}{found['count']:10}{found['bytes'] / 1e6:10,.2f}{found['milliseconds']:12,.3f}"

@@ -1,0 +1,199 @@
+"""What `compile` reads from an optimised HLO adds up, and its arithmetic is what can be worked out by hand."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlm_jax import cli, flops
+from mlm_jax.bench import profile
+from mlm_jax.compile import hlo, links
+from mlm_jax.compile.estimate import COLLECTIVES, estimate_step
+from mlm_jax.compile.topology import CHIPS, Topology, parse_topology
+from mlm_jax.errors import UserError
+
+# As XLA:TPU writes it: a loop of 12 over a product and an all-reduce, then an asynchronous all-gather beside a fusion.
+TPU_HLO = """HloModule jit_step, is_scheduled=true
+
+%fused (p0: bf16[64,32]) -> bf16[64,64] {
+  %p0 = bf16[64,32]{1,0} parameter(0)
+  ROOT %convolution.1 = bf16[64,64]{1,0} convolution(%p0, %p0), metadata={op_name="jit(step)/jvp(mlp)/dot_general"}
+}
+
+%body (arg: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %arg = (s32[], bf16[64,32]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %fusion.1 = bf16[64,64]{1,0} fusion(%x), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"1000"}
+  %narrow = f32[] constant(0)
+  %wide = f32[1000]{0:T(1024)S(1)} broadcast(%narrow), metadata={op_name="jit(step)/embedding/mul"}
+  %all-reduce.1 = (f32[1000]{0}, f32[]{:T(128)}) all-reduce(%wide, %narrow), replica_groups=mesh['a'=2,'b'=2] {'b'}
+  ROOT %tuple.1 = (s32[], bf16[64,32]{1,0}) tuple(%arg, %x)
+}
+
+%condition (arg.1: (s32[], bf16[64,32])) -> pred[] {
+  %arg.1 = (s32[], bf16[64,32]{1,0}) parameter(0)
+  %limit = s32[]{:T(128)} constant(12)
+  %index = s32[] get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[] compare(%index, %limit), direction=LT
+}
+
+ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
+  %param = bf16[64,32]{1,0} parameter(0)
+  %while.1 = (s32[], bf16[64,32]{1,0}) while(%param), condition=%condition, body=%body
+  %big = f32[1000000]{0} get-tuple-element(%while.1), index=1
+  %gather = (f32[1000000]{0}, f32[4000000]{0}) all-gather-start(%big), replica_groups=[1,4]<=[4], dimensions={0}
+  %fusion.2 = f32[8]{0} fusion(%big), metadata={op_name="optimizer/mul"}, backend_config={"estimated_cycles":"15000"}
+  %gathered = f32[4000000]{0} all-gather-done(%gather)
+  %copied = f32[1000000]{0} copy(%big), metadata={op_name="jit(step)/transpose(jvp(norm))/mul"}
+  ROOT %result = bf16[64,32]{1,0} get-tuple-element(%while.1), index=1
+}
+"""
+KERNEL = """  %splash_mha_dkv_x.1 = f32[] custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", attributes={data={
+"xprof_metadata":"{\\"use_fused_bwd_kernel\\": false}"
+}}, metadata={op_name="jit(step)/transpose(jvp(attention))/attention_core/pallas_call"}
+"""
+
+
+class Device(types.SimpleNamespace):
+    """The facts of a TPU device that the arithmetic reads."""
+
+    def __hash__(self) -> int:
+        return self.id
+
+
+def topology_of(generation: str, shape: tuple[int, ...], slices: int = 1) -> Topology:
+    kind = {"v5e": "TPU v5 lite", "v5p": "TPU v5"}[generation]
+    places = [(piece, *place) for piece in range(slices) for place in np.ndindex(*shape)]
+    devices = [
+        Device(id=number, slice_index=piece, coords=place, platform="tpu", device_kind=kind)
+        for number, (piece, *place) in enumerate(places)
+    ]
+    return Topology(f"{generation}:test", generation, shape, slices, tuple(devices))
+
+
+def mesh_of(topology: Topology, **axes: int) -> types.SimpleNamespace:
+    devices = np.empty(len(topology.devices), object)
+    devices[:] = topology.devices
+    return types.SimpleNamespace(
+        devices=devices.reshape(tuple(axes.values())), axis_names=tuple(axes), shape=axes, size=devices.size
+    )
+
+
+def test_a_schedule_adds_up():
+    topology = topology_of("v5e", (2, 2))
+    line = estimate_step(TPU_HLO, mesh_of(topology, data=2, fsdp=2), topology)
+    clock = 197e12 / 131_072
+    assert line.groups["mlp"] == pytest.approx(12 * 1000 / clock)
+    assert line.products["mlp"] == line.groups["mlp"]
+    assert line.groups["optimizer"] == pytest.approx(15_000 / clock)
+    # A copy reads and writes 4 MB each; of a broadcast to the chip's own memory only the four bytes read are traffic.
+    assert line.groups["embedding"] == pytest.approx(12 * 4 / 819e9)
+    assert line.groups["norm"] == pytest.approx(8e6 / 819e9)
+    assert line.backward["norm"] == line.groups["norm"]
+    # 4004 bytes over two chips on one link, there and back: half of it, and a microsecond of latency each way.
+    one = 2 * (4004 / 2 / 50e9 + 1e-6)
+    # 16 MB among four chips of a square, two links each, behind 15,000 cycles of other work.
+    gather = 0.75 * 16e6 / 100e9 + 2e-6
+    assert line.groups[COLLECTIVES] == pytest.approx(12 * one + gather - 15_000 / clock)
+    assert line.seconds == pytest.approx(sum(line.groups.values()))
+    found = {(each.kind, each.axes): (each.bytes, count) for each, count in line.collectives.items()}
+    assert found == {("all-reduce", "fsdp"): (4004, 12), ("all-gather", "data×fsdp"): (16_000_000, 1)}
+
+
+def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension():
+    # 2 rows, 4 heads, 256 positions, 64 numbers a head: four products of 2·256·256·64 each, at half of the peak.
+    heads = "".join(f"  %{name} = bf16[2,4,256,64]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))
+    text = "ENTRY %main (q: bf16[2,4,256,64]) -> f32[] {\n" + heads + KERNEL + "}\n"
+    topology = topology_of("v5e", (2, 2))
+    line = estimate_step(text, mesh_of(topology, data=4), topology)
+    assert line.groups == {"attention core": pytest.approx(4 * 2 * 4 * 2 * 256 * 256 * 64 / (197e12 / 2))}
+    assert line.kernels == line.seconds == line.backward["attention core"]
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=1] {'b','c'}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("channel_id=1", [[0, 1, 2, 3]]),
+    ],
+)
+def test_replica_groups_in_every_notation(text, groups):
+    assert hlo.replica_groups(text, 4) == groups
+
+
+def test_array_bytes():
+    assert hlo.array_bytes("(s32[], bf16[2,3]{1,0:T(8,128)(2,1)}, pred[5]{0}, u16[7]{0})") == 4 + 12 + 5 + 14
+    assert hlo.array_bytes("(f32[4]{0:T(128)S(1)}, f32[2]{0})", of_main_memory=True) == 8
+
+
+def test_the_loops_and_collectives_of_a_program_that_runs():
+    """What XLA writes for 8 devices of the CPU is read too: 5 steps of a scan, each with an all-reduce over one axis."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+
+    def step(x):
+        def body(carry, _):
+            square = jnp.einsum("bi,bj->ij", carry, carry, out_sharding=jax.P(None, None))
+            return carry @ square, None
+
+        return jax.lax.scan(body, x, None, length=5)[0]
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((8, 16), np.float32, sharding=jax.NamedSharding(mesh, jax.P("data", None)))
+        text = jax.jit(step).lower(x).compile().as_text()
+    module = hlo.parse_module(text)
+    loops = [one for body in module.computations.values() for one in body if one.opcode == "while"]
+    assert [hlo.trip_count(module, loop) for loop in loops] == [5]
+    reduces = [one for one in module.computations[loops[0].attribute("body")] if one.opcode == "all-reduce"]
+    assert [links.axes_of(hlo.replica_groups(one.attributes, 8)[0], mesh) for one in reduces] == ["data"]
+    assert set(profile.parse_hlo(text)) >= {one.name for body in module.computations.values() for one in body}
+
+
+def test_links_of_a_ring_a_line_and_between_slices():
+    def seconds(topology, kind="all-reduce", size=1_000_000_000, **axes):
+        mesh = mesh_of(topology, **axes)
+        return links._seconds(kind, size, range(mesh.size), mesh, topology)
+
+    line = seconds(topology_of("v5e", (4, 4)), data=16)
+    ring = seconds(topology_of("v5e", (16, 16)), data=256)
+    # Twice the bytes pass in either; a closed dimension has two links into each chip where an open one has one.
+    assert line == pytest.approx(2 * (1e9 * 15 / 16 / 100e9 + 6e-6))
+    assert ring == pytest.approx(2 * (1e9 * 255 / 256 / 200e9 + 16e-6))
+    assert seconds(topology_of("v5e", (4, 4)), "all-gather", data=16) == pytest.approx(line / 2)
+    # Between two slices each chip sends and receives half of its sixteenth, twice.
+    both = seconds(topology_of("v5e", (4, 4), slices=2), data=32)
+    assert both == pytest.approx(line + 1e9 / 16 / CHIPS["v5e"].dcn_bytes_per_second)
+
+
+def test_clocks_follow_from_the_peaks():
+    clocks = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+    kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+    for generation, chip in CHIPS.items():
+        peak = flops.device_peak_flops(Device(id=0, platform="tpu", device_kind=kinds[generation]))
+        assert peak / chip.flops_per_cycle == pytest.approx(clocks[generation] * 1e9, rel=0.01)
+
+
+def test_names_of_topologies():
+    assert parse_topology("v5e:16x16") == ("v5e", (16, 16), 1)
+    assert parse_topology("2x v5e:16x16") == parse_topology("v5e:16x16", 2) == ("v5e", (16, 16), 2)
+
+
+@pytest.mark.parametrize("name", ["v5e-16", "v5e", "v9:2x2", "v5e:", "0x v5e:2x2", "v5e:0x4", ""])
+def test_a_topology_that_does_not_exist_is_refused_with_examples(name):
+    with pytest.raises(UserError, match=r"examples: .*v5e:4x4"):
+        parse_topology(name)
+
+
+def test_slices_are_given_once():
+    with pytest.raises(UserError, match="leave one out"):
+        parse_topology("2x v5e:2x2", 4)
+
+
+def test_a_stage_that_does_not_exist_ends_with_status_2(capsys):
+    assert cli.main(["compile", "--config", "configs/smoke.py", "--topology", "v5e:2x2", "--stage", "7"]) == 2
+    assert "--stage=7: smoke has 1 stage(s)" in capsys.readouterr().err
