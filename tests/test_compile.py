@@ -14,7 +14,7 @@ from mlm_jax.compile.estimate import COLLECTIVES, estimate_step
 from mlm_jax.compile.topology import CHIPS, Topology, parse_topology
 from mlm_jax.errors import UserError
 
-# As XLA:TPU writes it: a loop of 12 over a product and an all-reduce, then an asynchronous all-gather beside a fusion.
+# As XLA:TPU writes it: a loop over a product and an all-reduce, then an asynchronous all-gather beside a fusion.
 TPU_HLO = """HloModule jit_step, is_scheduled=true
 
 %fused (p0: bf16[64,32]) -> bf16[64,64] {
@@ -29,19 +29,25 @@ TPU_HLO = """HloModule jit_step, is_scheduled=true
   %narrow = f32[] constant(0)
   %wide = f32[1000]{0:T(1024)S(1)} broadcast(%narrow), metadata={op_name="jit(step)/embedding/mul"}
   %all-reduce.1 = (f32[1000]{0}, f32[]{:T(128)}) all-reduce(%wide, %narrow), replica_groups=mesh['a'=2,'b'=2] {'b'}
-  ROOT %tuple.1 = (s32[], bf16[64,32]{1,0}) tuple(%arg, %x)
+  %counter = s32[] get-tuple-element(%arg), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%counter, %two)
+  ROOT %tuple.1 = (s32[], bf16[64,32]{1,0}) tuple(%next, %x)
 }
 
 %condition (arg.1: (s32[], bf16[64,32])) -> pred[] {
   %arg.1 = (s32[], bf16[64,32]{1,0}) parameter(0)
-  %limit = s32[]{:T(128)} constant(12)
+  %limit = s32[]{:T(128)} constant(24)
   %index = s32[] get-tuple-element(%arg.1), index=0
   ROOT %lt = pred[] compare(%index, %limit), direction=LT
 }
 
 ENTRY %main (param: bf16[64,32]) -> bf16[64,32] {
   %param = bf16[64,32]{1,0} parameter(0)
-  %while.1 = (s32[], bf16[64,32]{1,0}) while(%param), condition=%condition, body=%body
+  %one = s32[] constant(1)
+  %start = s32[] copy(%one)
+  %first = (s32[], bf16[64,32]{1,0}) tuple(%start, %param)
+  %while.1 = (s32[], bf16[64,32]{1,0}) while(%first), condition=%condition, body=%body
   %big = f32[1000000]{0} get-tuple-element(%while.1), index=1
   %gather = (f32[1000000]{0}, f32[4000000]{0}) all-gather-start(%big), replica_groups=[1,4]<=[4], dimensions={0}
   %fusion.2 = f32[8]{0} fusion(%big), metadata={op_name="optimizer/mul"}, backend_config={"estimated_cycles":"15000"}
@@ -150,7 +156,7 @@ def test_the_loops_and_collectives_of_a_program_that_runs():
     loops = [one for body in module.computations.values() for one in body if one.opcode == "while"]
     assert [hlo.trip_count(module, loop) for loop in loops] == [5]
     reduces = [one for one in module.computations[loops[0].attribute("body")] if one.opcode == "all-reduce"]
-    assert [links.axes_of(hlo.replica_groups(one.attributes, 8)[0], mesh) for one in reduces] == ["data"]
+    assert [links.axes_of(hlo.replica_groups(one.attributes, 8), mesh) for one in reduces] == ["data"]
     assert set(profile.parse_hlo(text)) >= {one.name for body in module.computations.values() for one in body}
 
 
@@ -168,6 +174,28 @@ def test_links_of_a_ring_a_line_and_between_slices():
     # Between two slices each chip sends and receives half of its sixteenth, twice.
     both = seconds(topology_of("v5e", (4, 4), slices=2), data=32)
     assert both == pytest.approx(line + 1e9 / 16 / CHIPS["v5e"].dcn_bytes_per_second)
+
+
+def test_permutations_take_their_longest_way_and_opposite_ones_do_not_delay_each_other():
+    topology = topology_of("v5e", (4, 4))
+    mesh = mesh_of(topology, data=4, fsdp=4)
+    text = """ENTRY %main (x: f32[1000000]) -> f32[1000000] {
+  %x = f32[1000000]{0} parameter(0)
+  %right = (f32[1000000]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %left = (f32[1000000]{0}) collective-permute-start(%x), source_target_pairs={{1,0},{2,1}}
+  %again = (f32[1000000]{0}) collective-permute-start(%x), source_target_pairs={{1,0},{2,1}}
+  %a = f32[1000000]{0} collective-permute-done(%right)
+  %b = f32[1000000]{0} collective-permute-done(%left)
+  ROOT %c = f32[1000000]{0} collective-permute-done(%again)
+}
+"""
+    line = estimate_step(text, mesh, topology)
+    step = 4e6 / 50e9 + 1e-6
+    assert line.seconds == pytest.approx(2 * step)
+    assert {(each.axes, count): each.seconds for each, count in line.collectives.items()} == {
+        ("fsdp", 1): pytest.approx(step + 2e-6),  # a line of four: three hops back to its start
+        ("fsdp", 2): pytest.approx(step),
+    }
 
 
 def test_clocks_follow_from_the_peaks():

@@ -17,7 +17,7 @@ import jax
 from mlm_jax import flops
 from mlm_jax.bench import profile
 from mlm_jax.compile.hlo import Instruction, Module, array_bytes, array_shapes, join_lines, parse_module, trip_count
-from mlm_jax.compile.links import Collective, collective_kind, measure
+from mlm_jax.compile.links import Collective, collective_kind, lane, measure
 from mlm_jax.compile.topology import Topology
 
 Seconds = collections.defaultdict[str, float]
@@ -85,7 +85,7 @@ class Estimator:
 
     def _walk(self, computation: str) -> Timeline:
         line = Timeline()
-        links_free, finish = 0.0, dict[str, float]()
+        free, finish = Seconds(float), dict[str, float]()  # when a lane is free again, when a collective is done
         for one in self.module.computations[computation]:
             kind = collective_kind(one.opcode)
             if one.opcode == "while":
@@ -98,11 +98,9 @@ class Estimator:
             elif kind:
                 found = measure(one, self.module, self.mesh, self.topology)
                 line.collectives[found] += 1
-                begins = max(line.seconds, links_free)
-                links_free = begins + found.seconds
-                finish[one.name] = links_free
+                finish[one.name] = free[lane(one)] = max(line.seconds, free[lane(one)]) + found.seconds
                 if not one.opcode.endswith("-start"):
-                    line.groups[COLLECTIVES] += links_free - line.seconds
+                    line.groups[COLLECTIVES] += finish[one.name] - line.seconds
             elif one.opcode.endswith("-done") and one.operands and one.operands[0] in finish:
                 line.groups[COLLECTIVES] += max(0.0, finish[one.operands[0]] - line.seconds)
             elif one.opcode not in FREE:

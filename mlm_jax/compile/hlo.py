@@ -26,6 +26,7 @@ class Instruction:
         result: the type of what it yields, as text; arrays are counted by `array_bytes`.
         arguments: the text between the parentheses: operands, or a constant's value.
         attributes: the text after them.
+        is_root: it is the computation's result.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Instruction:
     result: str
     arguments: str
     attributes: str
+    is_root: bool
 
     @property
     def operands(self) -> list[str]:
@@ -61,6 +63,10 @@ class Module:
     def result_of(self, name: str) -> str:
         """The type of an instruction's result."""
         return self._results.get(name, "")
+
+    def by_name(self, computation: str) -> dict[str, Instruction]:
+        """The instructions of a computation."""
+        return {one.name: one for one in self.computations.get(computation, [])}
 
     def __post_init__(self) -> None:
         results = {one.name: one.result for body in self.computations.values() for one in body}
@@ -101,7 +107,7 @@ def _parse_instruction(line: str) -> Instruction | None:
     while depth and end < len(body):
         depth += {"(": 1, ")": -1}.get(body[end], 0)
         end += 1
-    return Instruction(match[2], opcode[1], body[: opcode.start()], body[opcode.end() : end - 1], body[end:])
+    return Instruction(match[2], opcode[1], body[: opcode.start()], body[opcode.end() : end - 1], body[end:], bool(match[1]))
 
 
 def array_shapes(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -132,16 +138,39 @@ def _item_bytes(dtype: str) -> int:
 def trip_count(module: Module, loop: Instruction) -> int | None:
     """How often a `while` runs its body, or None where it cannot be read.
 
-    JAX's scans count from 0 in steps of 1 up to a constant that the condition compares with.
+    Loops count from a constant in constant steps up to a constant that the condition compares with. JAX's scans step by 1;
+    the compiler unrolls some loops of its own, which then step by 2.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition = module.computations.get(loop.attribute("condition"), [])
-    compares = [one for one in condition if one.opcode == "compare" and "direction=LT" in one.attributes]
-    constants = {one.name: one for one in condition if one.opcode == "constant"}
-    limits = [constants[name] for one in compares for name in one.operands if name in constants]
-    return int(limits[0].arguments) if len(limits) == 1 else None
+    condition = module.by_name(loop.attribute("condition"))
+    body = module.by_name(loop.attribute("body"))
+    compares = [one for one in condition.values() if one.opcode == "compare" and "direction=LT" in one.attributes]
+    roots = [one for one in body.values() if one.is_root and one.opcode == "tuple"]
+    if len(compares) != 1 or not roots:
+        return None
+    counter, limit = (condition.get(name) for name in compares[0].operands)
+    index = re.search(r"index=(\d+)", counter.attributes) if counter else None
+    update = body.get(roots[0].operands[int(index[1])]) if index else None
+    if limit is None or limit.opcode != "constant" or index is None or update is None or update.opcode != "add":
+        return None
+    steps = [int(body[name].arguments) for name in update.operands if name in body and body[name].opcode == "constant"]
+    start = _start(module, loop, int(index[1]))
+    if len(steps) != 1 or start is None:
+        return None
+    return max(0, math.ceil((int(limit.arguments) - start) / steps[0]))
+
+
+def _start(module: Module, loop: Instruction, index: int) -> int | None:
+    """The constant that an element of a loop's first tuple is."""
+    around = next((body for body in module.computations.values() if loop in body), [])
+    named = {one.name: one for one in around}
+    first = named.get(loop.operands[0])
+    found = named.get(first.operands[index]) if first and first.opcode == "tuple" else None
+    while found and found.opcode == "copy":
+        found = named.get(found.operands[0])
+    return int(found.arguments) if found and found.opcode == "constant" else None
 
 
 def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
@@ -169,3 +198,9 @@ def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
         size = math.prod(sizes[name] for name in within)
         return ids.transpose((*rest, *moved)).reshape(-1, size).tolist()
     return [list(range(num_devices))]
+
+
+def source_target_pairs(attributes: str) -> list[list[int]]:
+    """Who sends to whom in a collective-permute."""
+    match = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
+    return [[int(one) for one in pair.split(",")] for pair in re.findall(r"\{([\d, ]+)\}", match[1])] if match else []

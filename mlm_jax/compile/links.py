@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
-from mlm_jax.compile.hlo import Instruction, Module, array_bytes, replica_groups
+from mlm_jax.compile.hlo import Instruction, Module, array_bytes, replica_groups, source_target_pairs
 from mlm_jax.compile.topology import Topology
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -38,17 +38,28 @@ def measure(one: Instruction, module: Module, mesh: jax.sharding.Mesh, topology:
     kind = collective_kind(one.opcode)
     assert kind is not None, f"{one.opcode} is no collective"
     given = sum(array_bytes(module.result_of(name)) for name in one.operands)
+    if kind == "collective-permute":
+        pairs = source_target_pairs(one.attributes)
+        return Collective(kind, axes_of(pairs, mesh), given, _permute_seconds(given, pairs, mesh, topology))
     groups = replica_groups(one.attributes, mesh.size)
-    group = groups[0]
-    size = given * len(group) if kind == "all-gather" else given
-    return Collective(kind, axes_of(group, mesh), size, _seconds(kind, size, group, mesh, topology))
+    size = given * len(groups[0]) if kind == "all-gather" else given
+    return Collective(kind, axes_of(groups, mesh), size, _seconds(kind, size, groups[0], mesh, topology))
 
 
-def axes_of(group: Sequence[int], mesh: jax.sharding.Mesh) -> str:
-    """The mesh axes along which a group's devices differ, as `data` or `data×fsdp`."""
+def lane(one: Instruction) -> str:
+    """What collectives have to share to delay each other: permutations in opposite directions do not."""
+    return str(source_target_pairs(one.attributes))
+
+
+def axes_of(groups: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> str:
+    """The mesh axes along which devices of a group differ, as `data` or `data×fsdp`."""
     sizes = tuple(mesh.shape.values())
-    places = [_unravel(device, sizes) for device in group]
-    differing = [name for axis, name in enumerate(mesh.axis_names) if len({place[axis] for place in places}) > 1]
+    places = [[_unravel(device, sizes) for device in group] for group in groups]
+    differing = [
+        name
+        for axis, name in enumerate(mesh.axis_names)
+        if any(len({place[axis] for place in group}) > 1 for group in places)
+    ]
     return "×".join(differing) or "none"
 
 
@@ -65,18 +76,37 @@ def _seconds(kind: str, size: int, group: Sequence[int], mesh: jax.sharding.Mesh
     if len(group) == 1:
         return 0.0
     devices = [mesh.devices.flat[index] for index in group]
-    slices = {getattr(device, "slice_index", None) or 0 for device in devices}
+    slices = {_slice(device) for device in devices}
     inside = len(group) // len(slices)
     bandwidth, hops = _torus(devices, topology)
     passes = 2 if kind == "all-reduce" else 1
     seconds = 0.0
     if inside > 1:
-        share = 1.0 if kind == "collective-permute" else (inside - 1) / inside
-        seconds += passes * (share * size / bandwidth + hops * HOP_SECONDS)
+        seconds += passes * ((inside - 1) / inside * size / bandwidth + hops * HOP_SECONDS)
     if len(slices) > 1:
         share = passes * (len(slices) - 1) / len(slices)
         seconds += share * size / inside / topology.chip.dcn_bytes_per_second
     return seconds
+
+
+def _permute_seconds(size: int, pairs: Sequence[Sequence[int]], mesh: jax.sharding.Mesh, topology: Topology) -> float:
+    """One array from each source to its target: over one link of each chip, or over the network between slices."""
+    chip = topology.chip
+    seconds = 0.0
+    for source, target in ((mesh.devices.flat[a], mesh.devices.flat[b]) for a, b in pairs):
+        if _slice(source) != _slice(target):
+            seconds = max(seconds, size / chip.dcn_bytes_per_second)
+            continue
+        hops = 0
+        for axis, whole in enumerate(topology.shape):
+            steps = abs(source.coords[axis] - target.coords[axis])
+            hops += min(steps, whole - steps) if whole % chip.wrap == 0 else steps
+        seconds = max(seconds, size / chip.link_bytes_per_second + hops * HOP_SECONDS)
+    return seconds
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", None) or 0
 
 
 def _torus(devices: Sequence[jax.Device], topology: Topology) -> tuple[float, int]:
