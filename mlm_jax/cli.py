@@ -311,7 +311,7 @@ def _compile(options: argparse.Namespace, overrides: list[str]) -> Result:
 
     cfg = load_config(options.config, overrides)
     os.environ.update(ENVIRONMENT)  # before JAX is imported
-    from mlm_jax.compile import run_compile
+    from mlm_jax.compile.describe import run_compile
     from mlm_jax.compile.table import format_result
 
     result = run_compile(cfg, options.topology, stage_index=options.stage, slices=options.slices)

@@ -1,5 +1,7 @@
 """What `compile` reads from an optimised HLO adds up, and its arithmetic is what can be worked out by hand."""
 
+import subprocess
+import sys
 import types
 
 import jax
@@ -9,9 +11,10 @@ import pytest
 
 from mlm_jax import cli, flops
 from mlm_jax.bench import profile
-from mlm_jax.compile import hlo, links
+from mlm_jax.compile import cost, hlo, links
+from mlm_jax.compile.chips import CHIPS, TPUS
 from mlm_jax.compile.estimate import COLLECTIVES, estimate_step
-from mlm_jax.compile.topology import CHIPS, Topology, parse_topology
+from mlm_jax.compile.topology import Topology, parse_topology
 from mlm_jax.errors import UserError
 
 # As XLA:TPU writes it: a loop over a product and an all-reduce, then an asynchronous all-gather beside a fusion.
@@ -118,6 +121,63 @@ def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension():
     assert line.kernels == line.seconds == line.backward["attention core"]
 
 
+def test_traffic_counts_what_is_sliced_and_updated_and_not_the_whole():
+    text = """%fused (a: f32[100,10], b: f32[10], c: s32[]) -> (f32[10], f32[100,10]) {
+  %a = f32[100,10]{1,0} parameter(0)
+  %b = f32[10]{0} parameter(1)
+  %c = s32[] parameter(2)
+  %row = f32[1,10]{1,0} dynamic-slice(%a, %c, %c), dynamic_slice_sizes={1,10}
+  %one = f32[10]{0} bitcast(%row)
+  %sum = f32[10]{0} add(%one, %b)
+  %new = f32[1,10]{1,0} bitcast(%sum)
+  %whole = f32[100,10]{1,0} dynamic-update-slice(%a, %new, %c, %c)
+  ROOT %both = (f32[10]{0}, f32[100,10]{1,0}) tuple(%sum, %whole)
+}
+
+ENTRY %main (x: f32[100,10], y: f32[10], z: s32[]) -> (f32[10], f32[100,10]) {
+  %x = f32[100,10]{1,0} parameter(0)
+  %y = f32[10]{0} parameter(1)
+  %z = s32[] parameter(2)
+  %lone = f32[1,10]{1,0} dynamic-slice(%x, %z, %z), dynamic_slice_sizes={1,10}
+  ROOT %f = (f32[10]{0}, f32[100,10]{1,0}) fusion(%x, %y, %z), kind=kLoop, calls=%fused
+}
+"""
+    module = hlo.parse_module(text)
+    main = module.by_name("main")
+    # Read: a row of ten, ten more and an index; written: ten, and a row of ten in place.
+    assert cost.traffic(main["f"], module) == 4 * (10 + 10 + 1) + 4 * (10 + 10)
+    assert cost.traffic(main["lone"], module) == 2 * 4 * 10
+
+
+def test_on_a_gpu_products_and_traffic_bound_the_time():
+    text = """%gemm (a: bf16[4096,1024], b: bf16[1024,2048]) -> bf16[4096,2048] {
+  %a = bf16[4096,1024]{1,0} parameter(0)
+  %b = bf16[1024,2048]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[4096,2048]{1,0} dot(%a, %b), lhs_contracting_dims={1}, metadata={op_name="jvp(mlp)/dot_general"}
+}
+
+ENTRY %main (x: bf16[4096,1024], w: bf16[1024,2048], m: pred[8,1,512,512]) -> bf16[8,512,12,64] {
+  %x = bf16[4096,1024]{1,0} parameter(0)
+  %w = bf16[1024,2048]{1,0} parameter(1)
+  %m = pred[8,1,512,512]{3,2,1,0} parameter(2)
+  %gemm.1 = bf16[4096,2048]{1,0} fusion(%x, %w), kind=kCustom, calls=%gemm
+  %q = bf16[8,512,12,64]{3,2,1,0} bitcast(%x)
+  %core = (bf16[8,512,12,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q, %m), \
+custom_call_target="__cudnn$fmhaScaleBiasSoftmax", metadata={op_name="jvp(attention)/attention_core/x"}
+  %all-reduce-start.1 = bf16[4096,1024]{1,0} all-reduce-start(%x), replica_groups=[1,16]<=[16]
+  ROOT %all-reduce-done.1 = bf16[4096,1024]{1,0} all-reduce-done(%all-reduce-start.1)
+}
+""".replace("\\\n", "")
+    devices = tuple(Device(id=number, platform="gpu", device_kind="NVIDIA H200") for number in range(16))
+    topology = Topology("h200:2x8", "h200", (), 2, devices)
+    line = estimate_step(text, mesh_of(topology, data=16), topology)
+    assert line.groups["mlp"] == pytest.approx(2 * 4096 * 1024 * 2048 / 989e12)
+    assert line.groups["attention core"] == line.kernels == pytest.approx(2 * 2 * 8 * 12 * 512 * 512 * 64 / 989e12)
+    # 8 MB on 450 GB/s within a host of eight, then an eighth of it to the other host and back.
+    size = 2 * 4096 * 1024
+    assert line.groups[COLLECTIVES] == pytest.approx(2 * size * 7 / 8 / 450e9 + size / 8 / 50e9)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
@@ -201,7 +261,7 @@ def test_permutations_take_their_longest_way_and_opposite_ones_do_not_delay_each
 def test_clocks_follow_from_the_peaks():
     clocks = {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
     kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-    for generation, chip in CHIPS.items():
+    for generation, chip in TPUS.items():
         peak = flops.device_peak_flops(Device(id=0, platform="tpu", device_kind=kinds[generation]))
         assert peak / chip.flops_per_cycle == pytest.approx(clocks[generation] * 1e9, rel=0.01)
 
@@ -211,15 +271,20 @@ def test_names_of_topologies():
     assert parse_topology("2x v5e:16x16") == parse_topology("v5e:16x16", 2) == ("v5e", (16, 16), 2)
 
 
-@pytest.mark.parametrize("name", ["v5e-16", "v5e", "v9:2x2", "v5e:", "0x v5e:2x2", "v5e:0x4", ""])
+@pytest.mark.parametrize("name", ["v5e-16", "v5e", "v9:2x2", "v5e:", "0x v5e:2x2", "v5e:0x4", "h200:8", "2x h200:1x8", ""])
 def test_a_topology_that_does_not_exist_is_refused_with_examples(name):
-    with pytest.raises(UserError, match=r"examples: .*v5e:4x4"):
+    with pytest.raises(UserError, match=r"v5e:4x4|h200:2x8"):
         parse_topology(name)
 
 
 def test_slices_are_given_once():
     with pytest.raises(UserError, match="leave one out"):
         parse_topology("2x v5e:2x2", 4)
+
+
+def test_the_environment_is_set_before_jax_is_imported():
+    code = "import sys, mlm_jax.cli, mlm_jax.config, mlm_jax.compile.topology; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_stage_that_does_not_exist_ends_with_status_2(capsys):

@@ -49,7 +49,7 @@ class Instruction:
 
     def attribute(self, name: str) -> str:
         """A computation or a word that is given as name=…, or nothing."""
-        match = re.search(rf"\b{name}=%?\"?([\w.\-]+)", self.attributes)
+        match = re.search(rf"\b{name}=%?\"?([\w.$\-]+)", self.attributes)
         return match[1] if match else ""
 
 

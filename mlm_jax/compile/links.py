@@ -1,4 +1,4 @@
-"""How long a collective takes on the links of a TPU slice and between slices: arithmetic, as compilers do not say.
+"""How long a collective takes on the links of a TPU slice, or of a host of GPUs, and between them: by arithmetic.
 
 The bound is what the chip with the fewest links has to receive. Nothing is added for contention with other traffic.
 """
@@ -76,7 +76,7 @@ def _seconds(kind: str, size: int, group: Sequence[int], mesh: jax.sharding.Mesh
     if len(group) == 1:
         return 0.0
     devices = [mesh.devices.flat[index] for index in group]
-    slices = {_slice(device) for device in devices}
+    slices = {topology.slice_of(device) for device in devices}
     inside = len(group) // len(slices)
     bandwidth, hops = _torus(devices, topology)
     passes = 2 if kind == "all-reduce" else 1
@@ -94,25 +94,21 @@ def _permute_seconds(size: int, pairs: Sequence[Sequence[int]], mesh: jax.shardi
     chip = topology.chip
     seconds = 0.0
     for source, target in ((mesh.devices.flat[a], mesh.devices.flat[b]) for a, b in pairs):
-        if _slice(source) != _slice(target):
+        if topology.slice_of(source) != topology.slice_of(target):
             seconds = max(seconds, size / chip.dcn_bytes_per_second)
             continue
         hops = 0
-        for axis, whole in enumerate(topology.shape):
+        for axis, whole in enumerate(topology.torus):
             steps = abs(source.coords[axis] - target.coords[axis])
             hops += min(steps, whole - steps) if whole % chip.wrap == 0 else steps
         seconds = max(seconds, size / chip.link_bytes_per_second + hops * HOP_SECONDS)
     return seconds
 
 
-def _slice(device: jax.Device) -> int:
-    return getattr(device, "slice_index", None) or 0
-
-
 def _torus(devices: Sequence[jax.Device], topology: Topology) -> tuple[float, int]:
     """Bytes a second into the chip with the fewest links to the others, and the hops across the group."""
     links, hops = 0, 0
-    for axis, whole in enumerate(topology.shape):
+    for axis, whole in enumerate(topology.torus):
         extent = len({device.coords[axis] for device in devices})
         if extent == 1:
             continue

@@ -42,27 +42,34 @@ def _memory(result: Result) -> Iterator[str]:
 
 def _estimate(result: Result) -> Iterator[str]:
     estimate = result["estimate"]
-    yield f"ESTIMATE by the compiler's cost model and arithmetic: {estimate['milliseconds']:,.2f} ms a step"
     mfu = "unknown" if estimate["mfu"] is None else f"{estimate['mfu']:.1%}"
+    arithmetic = f"{estimate['roofline_milliseconds']:,.2f} ms"
+    if estimate["method"] == "roofline":
+        yield f"ROOFLINE, as no compiler estimates a GPU's time: at least {estimate['milliseconds']:,.2f} ms a step"
+        speed, how = "at most", f"{arithmetic} of all else, by its products or its memory traffic"
+    else:
+        yield f"ESTIMATE by the compiler's cost model, nothing was measured: {estimate['milliseconds']:,.2f} ms a step"
+        speed, how = "about", f"{arithmetic} of what the model leaves out, by its memory traffic"
     yield (
-        f"  {estimate['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, at {result['flops_per_token'] / 1e6:,.1f} MFLOP a "
-        f"token and {result['tokens']:,} tokens a step"
+        f"  {speed} {estimate['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, at {result['flops_per_token'] / 1e6:,.1f} "
+        f"MFLOP a token and {result['tokens']:,} tokens a step"
     )
-    yield (
-        f"  of it by arithmetic: Pallas kernels {estimate['kernel_milliseconds']:,.2f} ms, at the share of the peak that "
-        "their head dimension"
-    )
-    yield (
-        f"  fills of a matrix unit; instructions that the model leaves out {estimate['moved_milliseconds']:,.2f} ms, as "
-        "memory traffic; collectives"
-    )
+    kernels = f"{estimate['kernel_milliseconds']:,.2f} ms of attention kernels"
+    yield f"  by arithmetic: {kernels}, by the products that they run{_fill(result)};"
+    yield f"  {how}; and the collectives"
     for what, count in estimate["unknown"].items():
         yield f"  {count} {what}: the step is longer than this"
 
 
+def _fill(result: Result) -> str:
+    fill = result["estimate"]["kernel_fill"]
+    return "" if fill == 1 else f" at {fill:.0%} of the peak, the part of a matrix unit that a head fills"
+
+
 def _groups(result: Result) -> Iterator[str]:
     total = result["estimate"]["milliseconds"]
-    yield f"{'estimate by operation':30}{'ms':>10}{'share':>10}{'backward':>12}{'products':>12}"
+    title = f"{result['estimate']['method']} by operation"
+    yield f"{title:30}{'ms':>10}{'share':>10}{'backward':>12}{'products':>12}"
     for name, group in result["estimate"]["groups"].items():
         own = group["milliseconds"]
         yield f"  {name:28}{own:10,.2f}{own / total:10.1%}{group['backward']:12,.2f}{group['matrix_products']:12,.2f}"
