@@ -5,7 +5,7 @@ Command:
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
 Expected: 335,174,458 parameters; 8,388,608 tokens a step, later 16,777,216; 85 billion tokens. The paper reports the
 quality of BERT-large after 8,599 steps ([P]; here 8,601).
-Reference topology: TPU v5e-256 (16x16), 64 rows of 128 or 16 of 512 in a chip's micro-batch.
+Reference topology: TPU v5e:16x16, 64 rows of 128 or 16 of 512 in a chip's micro-batch.
 
 Sources: [N] NVIDIA/DeepLearningExamples:PyTorch/LanguageModeling/BERT/scripts/run_pretraining.sh, for 8 GPUs;
 [F] NVIDIA/apex:apex/optimizers/fused_lamb.py; [B] as in bert_large.py; [P] from the paper, unchecked.
@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "name": "bert_large_lamb",
+            "reference_topology": "v5e:16x16",
             "tokenizer": {"algorithm": "unigram", "vocab_size": 30522, "lowercase": True, "sample_megabytes": 100.0},
             "model": {  # [B]
                 "vocab_size": 30522,

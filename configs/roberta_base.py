@@ -6,7 +6,7 @@ Command:
 RoBERTa's own tokenizer: --config.tokenizer.algorithm=pretrained --config.tokenizer.path=tokenizer.json
 Expected: 124,696,665 parameters (fairseq: 125M), 1,048,576 tokens a step, 131 billion tokens. The published model,
 trained for 500,000 steps of 8,192 rows [P], has 87.6 on MNLI (fairseq:examples/roberta/README.md).
-Reference topology: TPU v5e-64 (8x8), 16 rows a chip in each of 2 micro-batches.
+Reference topology: TPU v5e:8x8, 16 rows a chip in each of 2 micro-batches.
 
 Sources: [Y] facebookresearch/fairseq:examples/roberta/config/pretraining/base.yaml, [E] README.pretraining.md above it,
 [M] fairseq/models/roberta/model.py, [T] fairseq/tasks/masked_lm.py and data/mask_tokens_dataset.py, [L] fairseq/modules
@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "name": "roberta_base",
+            "reference_topology": "v5e:8x8",
             # RoBERTa's is a byte-level BPE of 50,265 ids [P]; this one falls back to bytes for what it does not know.
             "tokenizer": {"algorithm": "bpe", "vocab_size": 50265, "byte_fallback": True, "sample_megabytes": 100.0},
             "model": {

@@ -6,7 +6,7 @@ Command:
 RoBERTa's own tokenizer: --config.tokenizer.algorithm=pretrained --config.tokenizer.path=tokenizer.json
 Expected: 355,411,033 parameters (fairseq: 355M), 4,194,304 tokens a step, 2.1 trillion tokens. The published model has
 90.2 on MNLI and 94.6 F1 on SQuAD 1.1 (fairseq:examples/roberta/README.md).
-Reference topology: TPU v5e-256 (16x16), 16 rows a chip in each of 2 micro-batches.
+Reference topology: TPU v5p:4x4x4 (v5p-128), 64 rows a chip in each of 2 micro-batches.
 
 Sources: [C] the published model's card as copied at ai.azure.com/catalog/models/roberta-large, seen in excerpts;
 [M] facebookresearch/fairseq:fairseq/models/roberta/model.py; [B] as in roberta_base.py; [P] from the paper, unchecked.
@@ -21,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "name": "roberta_large",
+            "reference_topology": "v5p:4x4x4",
             "tokenizer": {"algorithm": "bpe", "vocab_size": 50265, "byte_fallback": True, "sample_megabytes": 100.0},
             "model": {
                 "vocab_size": 50265,  # [P]

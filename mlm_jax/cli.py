@@ -299,23 +299,55 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
 
 
 def _declare_compile(parser: argparse.ArgumentParser) -> None:
-    _config_option(parser)
-    parser.add_argument("--topology", required=True, metavar="NAME", help="as v5e:16x16, or 2x v5e:16x16 for two slices")
+    recipes = parser.add_mutually_exclusive_group(required=True)
+    recipes.add_argument("--config", metavar="FILE", help="a recipe; override with --config.section.field=value")
+    recipes.add_argument("--table", nargs="+", metavar="FILE", help="recipes: every stage as a line of a Markdown table")
+    parser.add_argument(
+        "--topology",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="as v5e:16x16, 2x v5e:16x16 for two slices, or h200:1x8; default: the recipe's reference_topology; "
+        "with --table it may be given several times",
+    )
     parser.add_argument("--slices", type=int, default=1, help="so many slices of the topology (default 1)")
     parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
+    parser.add_argument("--rows-per-device", type=int, help="of a micro-batch, in place of the stage's global batch")
+    parser.add_argument("--plan", action="store_true", help="compile other layouts as well and name the best one")
+    parser.add_argument("--max-candidates", type=int, default=6, help="how many of them (default 6); minutes each")
 
 
 def _compile(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.compile.topology import ENVIRONMENT
     from mlm_jax.config import load_config
 
-    cfg = load_config(options.config, overrides)
+    recipes = [load_config(path, overrides) for path in options.table or [options.config]]
     os.environ.update(ENVIRONMENT)  # before JAX is imported
-    from mlm_jax.compile.describe import run_compile
-    from mlm_jax.compile.table import format_result
+    from mlm_jax.compile.run import run_compile, run_table
+    from mlm_jax.compile.table import TABLE_HEAD, format_plan, format_result, format_row
 
-    result = run_compile(cfg, options.topology, stage_index=options.stage, slices=options.slices)
-    print(format_result(result))
+    if options.table:
+        if options.plan or options.stage or options.slices > 1:
+            raise UserError("--table covers every stage as it is; leave out --plan, --stage and --slices")
+        print(TABLE_HEAD, flush=True)
+        rows = []
+        for row in run_table(recipes, options.topology, rows_per_device=options.rows_per_device):
+            print(format_row(row), flush=True)
+            rows.append(row)
+        return {"rows": rows}
+    if len(options.topology) > 1:
+        raise UserError("--topology was given several times: only --table takes more than one")
+    if options.plan and options.max_candidates < 1:
+        raise UserError(f"--max-candidates={options.max_candidates} must be positive")
+    result = run_compile(
+        recipes[0],
+        *options.topology,
+        stage_index=options.stage,
+        slices=options.slices,
+        rows_per_device=options.rows_per_device,
+        max_candidates=options.max_candidates if options.plan else 0,
+    )
+    print(format_plan(result) if options.plan else format_result(result))
     return result
 
 

@@ -3,6 +3,7 @@
 The environment is set before jax is imported, here and, because they inherit it, in the processes that tests start.
 """
 
+import importlib.util
 import os
 import pathlib
 
@@ -34,3 +35,5 @@ def data_path() -> pathlib.Path:
 def _device(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("device") and jax.default_backend() == "cpu":
         pytest.skip("needs an accelerator")
+    if request.node.get_closest_marker("tpu_compile") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the extra tpu-compile")

@@ -208,6 +208,7 @@ CHECKS = [
     ("sharding.slice=-2", "sharding sizes [-2, -1, 1, 1] of slice"),
     ("sharding.zero=True sharding.data=1", "sharding.zero=True divides the state over data, but sharding.data=1"),
     ("sharding.tensor=3", "sharding.tensor=3 must divide model.num_heads=4"),
+    ("reference_topology=v5e-16", "reference_topology='v5e-16' is not like v5e:4x4"),
     ("objective=mlmm", "objective='mlmm' is none of mlm; did you mean 'mlm'?"),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
     ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu; did you mean"),

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlm_jax import config
+from mlm_jax.compile.topology import parse_topology
 from mlm_jax.masking import num_slots
 from mlm_jax.train.optimizer import learning_rate
 
@@ -117,12 +119,17 @@ def test_a_recipe_writes_no_path_and_fits_its_vocabulary(name):
     assert cfg.tokenizer.vocab_size <= 65_536  # rows are stored in 16 bits
 
 
-@pytest.mark.parametrize(
-    ("name", "rows"), [("bert_base", 16), ("bert_large", 16), ("bert_large_lamb", 256), ("roberta_base", 64)]
-)
-def test_the_reference_topology_divides_each_micro_batch(name, rows):
-    for stage in load(name).stages:
-        assert (stage.batch_size // stage.accumulation) % rows == 0
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_the_reference_topology_is_the_docstrings_and_divides_each_micro_batch(path):
+    cfg = load(path.stem)
+    (stated,) = re.findall(r"Reference topology: (.*)", ast.get_docstring(ast.parse(path.read_text())))
+    if not cfg.reference_topology:
+        assert stated.startswith("one machine with")
+        return
+    assert stated.startswith(f"TPU {cfg.reference_topology}")
+    _, shape, slices = parse_topology(cfg.reference_topology)
+    for stage in cfg.stages:
+        assert (stage.batch_size // stage.accumulation) % (math.prod(shape) * slices) == 0
 
 
 def test_berts_limits_of_predictions_are_close_to_ours():

@@ -4,35 +4,16 @@ from typing import Any
 
 from mlm_jax import flops
 from mlm_jax.compile.estimate import Timeline, estimate_step
-from mlm_jax.compile.program import Program, compile_step
-from mlm_jax.compile.topology import Topology, open_topology
+from mlm_jax.compile.program import Program, attention_of
+from mlm_jax.compile.topology import Topology
 from mlm_jax.config import Config, StageConfig
-from mlm_jax.errors import UserError
 from mlm_jax.masking import num_slots
-from mlm_jax.model.attention import choose_implementation
-
-
-def run_compile(cfg: Config, topology_name: str, *, stage_index: int = 0, slices: int = 1) -> dict[str, Any]:
-    """Compiles one stage's step and describes it.
-
-    Returns:
-        The findings in JSON's types, as `compile.table` shows them.
-
-    Raises:
-        UserError: an argument is out of range, or the topology does not exist.
-        DoesNotFit: the step needs more memory than a chip has.
-    """
-    if not 0 <= stage_index < len(cfg.stages):
-        raise UserError(f"--stage={stage_index}: {cfg.name} has {len(cfg.stages)} stage(s), counted from 0")
-    topology = open_topology(topology_name, slices)
-    return describe(cfg, stage_index, topology, compile_step(cfg, stage_index, topology.devices))
 
 
 def describe(cfg: Config, stage_index: int, topology: Topology, program: Program) -> dict[str, Any]:
-    """What `run_compile` returns."""
-    stage, compute, memory = cfg.stages[stage_index], program.compute, program.memory()
+    """The findings in JSON's types, as `compile.table` shows them."""
+    stage, compute, memory = cfg.stages[stage_index], program.objective.compute, program.memory()
     device = topology.devices[0]
-    attention = choose_implementation(compute.attention, cfg.model, stage.seq_len, compute.platform, compute.dtype)
     return {
         "config": cfg.name,
         "stage": stage_index,
@@ -41,11 +22,12 @@ def describe(cfg: Config, stage_index: int, topology: Topology, program: Program
         "device": device.device_kind,
         "num_devices": len(topology.devices),
         "mesh": dict(program.mesh.shape),
+        "zero": cfg.sharding.zero,
         "parameters": program.num_parameters,
         "dtype": compute.dtype.name,
         "layers": "scan" if compute.scan_layers else "unroll",
         "remat": compute.remat,
-        "attention": attention,
+        "attention": attention_of(cfg, stage_index, compute),
         "compile_seconds": program.compile_seconds,
         "memory": {"kinds": memory, "total": sum(memory.values()), "limit": topology.chip.hbm_bytes},
         **_estimate(cfg, stage, topology, program),
@@ -56,7 +38,7 @@ def _estimate(cfg: Config, stage: StageConfig, topology: Topology, program: Prog
     line = estimate_step(program.compiled.as_text(), program.mesh, topology)
     # Full rows of one segment each, as `bench` makes them up.
     predicted = num_slots(stage.seq_len, cfg.mask_rate(stage)) / stage.seq_len
-    per_token = flops.train_flops_per_token(cfg.model, stage.seq_len, predicted)
+    per_token = program.objective.flops_per_token(stage.seq_len, predicted)
     tokens = stage.batch_size * stage.seq_len
     devices = topology.devices
     return {

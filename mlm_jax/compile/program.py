@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlm_jax.config import Config, StageConfig
+from mlm_jax.config import Config, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
 from mlm_jax.masking import VocabTables
+from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives import Objective, make_objective
 from mlm_jax.sharding import ROWS, check_batch, check_model, make_mesh
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
@@ -33,7 +34,7 @@ class Program:
     """A compiled step and the shapes that it was compiled for."""
 
     mesh: jax.sharding.Mesh
-    compute: Compute
+    objective: Objective
     state: TrainState  # of ShapeDtypeStruct, each with its sharding
     batch: dict[str, jax.ShapeDtypeStruct]
     vocab: VocabTables
@@ -73,7 +74,7 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
     check_batch(stage, mesh, f"stages[{stage_index}]")
     with jax.set_mesh(mesh):
         compute = Compute.resolve(cfg.compute, devices[0].platform)
-        objective = MaskedLM(cfg, compute, cfg.mask_rate(stage))
+        objective = make_objective(cfg, compute, stage_index)
         optimizer = make_optimizer(cfg)
         state = abstract_state(cfg, objective, optimizer)
         batch, vocab = abstract_batch(stage), abstract_vocab(cfg.model.vocab_size)
@@ -85,15 +86,31 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise out_of_memory(str(error)) from error
-    return Program(mesh, compute, state, batch, vocab, compiled, time.perf_counter() - began)
+    return Program(mesh, objective, state, batch, vocab, compiled, time.perf_counter() - began)
 
 
-def abstract_state(cfg: Config, objective: MaskedLM, optimizer: Any) -> TrainState:
+def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -> tuple[int, str]:
+    """The model's size, and the attention that a stage of it takes on these devices, without compiling anything."""
+    compute = Compute.resolve(cfg.compute, devices[0].platform)
+    objective = make_objective(cfg, compute, stage_index)
+    with jax.set_mesh(make_mesh(ShardingConfig(), devices[:1])):
+        shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes)), attention_of(cfg, stage_index, compute)
+
+
+def attention_of(cfg: Config, stage_index: int, compute: Compute) -> str:
+    """The implementation of attention that a stage takes."""
+    length = cfg.stages[stage_index].seq_len
+    return choose_implementation(compute.attention, cfg.model, length, compute.platform, compute.dtype)
+
+
+def abstract_state(cfg: Config, objective: Objective, optimizer: Any) -> TrainState:
     """The state's shapes on the current mesh."""
 
     def create() -> TrainState:
         params = objective.init(jax.random.key(cfg.seed))
-        return init_state(params, optimizer, ema=cfg.optimizer.ema_decay > 0, names=("mlm", "accuracy"))
+        names = (*objective.loss_names, *objective.metric_names)
+        return init_state(params, optimizer, ema=cfg.optimizer.ema_decay > 0, names=names, zero=cfg.sharding.zero)
 
     return jax.tree.map(_placed, jax.eval_shape(jax.jit(create)))
 

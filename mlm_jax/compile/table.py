@@ -14,7 +14,7 @@ def format_result(result: Result) -> str:
 
 
 def _heading(result: Result) -> Iterator[str]:
-    mesh = " × ".join(f"{name}={size}" for name, size in result["mesh"].items())
+    mesh = " × ".join(f"{name}={size}" for name, size in result["mesh"].items()) + (", ZeRO" if result["zero"] else "")
     micro = f" in {result['accumulation']} micro-batches" if result["accumulation"] > 1 else ""
     yield (
         f"{result['config']}, stage {result['stage']}: {result['batch_size']} rows of {result['seq_len']} tokens{micro}, "
@@ -55,7 +55,7 @@ def _estimate(result: Result) -> Iterator[str]:
         f"MFLOP a token and {result['tokens']:,} tokens a step"
     )
     kernels = f"{estimate['kernel_milliseconds']:,.2f} ms of attention kernels"
-    yield f"  by arithmetic: {kernels}, by the products that they run{_fill(result)};"
+    yield f"  by arithmetic: {kernels}, by their matrix products{_fill(result)};"
     yield f"  {how}; and the collectives"
     for what, count in estimate["unknown"].items():
         yield f"  {count} {what}: the step is longer than this"
@@ -63,7 +63,7 @@ def _estimate(result: Result) -> Iterator[str]:
 
 def _fill(result: Result) -> str:
     fill = result["estimate"]["kernel_fill"]
-    return "" if fill == 1 else f" at {fill:.0%} of the peak, the part of a matrix unit that a head fills"
+    return "" if fill == 1 else f" at {fill:.0%} of the peak, as much as a head fills"
 
 
 def _groups(result: Result) -> Iterator[str]:
@@ -82,3 +82,43 @@ def _collectives(result: Result) -> Iterator[str]:
     for found in result["collectives"]:
         name = f"{found['kind']} over {found['axes']}"
         yield f"  {name:28}{found['count']:10}{found['bytes'] / 1e6:10,.2f}{found['milliseconds']:12,.3f}"
+
+
+def format_plan(plan: Result) -> str:
+    """What `run_plan` returned."""
+    lines = [f"{plan['config']}, stage {plan['stage']}, on {plan['topology']}: the estimate of each way that was compiled"]
+    lines.append(f"{'ms':>12}{'MFU':>8}{'GiB':>8}")
+    for one in plan["candidates"]:
+        how = " ".join(one["overrides"]) or "the config as it is"
+        if not one["fits"]:
+            lines.append(f"{'does not fit':>28}  {how}")
+            continue
+        mfu = "" if one["mfu"] is None else f"{one['mfu']:.1%}"
+        lines.append(f"{one['milliseconds']:12,.2f}{mfu:>8}{one['memory'] / GiB:8.2f}  {how}")
+    best = " ".join(plan["overrides"]) or "nothing: the config as it is comes out first"
+    return "\n".join([*lines, "", format_result(plan["best"]), "", f"best: {best}"])
+
+
+TABLE_HEAD = (
+    "| Recipe | Rows × length | Topology | Execution | GiB of a chip | Estimated ms | Tokens/s | MFU |\n"
+    "|--|--|--|--|--|--|--|--|"
+)
+
+
+def format_row(result: Result) -> str:
+    """A stage on a topology as a line of a Markdown table."""
+    if "reason" in result:
+        return f"| {result['config']} | stage {result['stage']} | {result['topology']} | {result['reason']} |||||"
+    estimate, memory = result["estimate"], result["memory"]
+    mesh = " ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1) + (
+        " ZeRO" if result["zero"] else ""
+    )
+    micro = f" / {result['accumulation']}" if result["accumulation"] > 1 else ""
+    bound = {"estimate": "", "roofline": "≥ "}[estimate["method"]]
+    mfu = "" if estimate["mfu"] is None else f"{estimate['mfu']:.1%}"
+    return (
+        f"| {result['config']} | {result['batch_size']:,}{micro} × {result['seq_len']} | {result['topology']} "
+        f"| {mesh}, {result['layers']}, remat {result['remat']}, {result['attention']} "
+        f"| {memory['total'] / GiB:.2f} of {memory['limit'] / GiB:.2f} | {bound}{estimate['milliseconds']:,.1f} "
+        f"| {estimate['tokens_per_second']:,.0f} | {mfu} |"
+    )

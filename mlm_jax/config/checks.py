@@ -1,5 +1,6 @@
 """Every relation between a config's fields that can be wrong without looking at data or devices."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,10 @@ def check(cfg: Config) -> None:
                 found = [(path, getattr(getattr(cfg, section), name))]
             for where, value in found:
                 _require(_HOLDS[limit](value), f"{where}={value} must be {limit}")
+    _require(
+        not cfg.reference_topology or bool(re.fullmatch(r"(\d+x )?\w+:\d+(x\d+)*", cfg.reference_topology)),
+        f"reference_topology={cfg.reference_topology!r} is not like v5e:4x4, 2x v5e:16x16 or h200:1x8",
+    )
     _check_model(cfg)
     _check_training(cfg)
     for index, stage in enumerate(cfg.stages):

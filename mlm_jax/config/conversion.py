@@ -12,8 +12,8 @@ from typing import Any
 from mlm_jax.config.sections import Config
 from mlm_jax.errors import UserError
 
-# Sections that may differ when a workdir is continued: they change how a run is executed and watched, not what it computes.
-FREE_ON_RESUME = ("compute", "sharding", "train", "evaluation")
+# What may differ when a workdir is continued: it changes how a run is executed and watched, not what it computes.
+FREE_ON_RESUME = ("compute", "sharding", "train", "evaluation", "reference_topology")
 
 
 def from_dict(raw: Mapping[str, Any]) -> Config:

@@ -152,6 +152,7 @@ class Config:
     name: str
     seed: int = 0
     objective: str = "mlm"
+    reference_topology: str = ""  # where the recipe is known to fit, as `compile` names it: v5e:4x4; empty for a CPU
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()

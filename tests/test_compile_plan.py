@@ -1,0 +1,260 @@
+"""What `compile` says of memory and layouts: sizes of a program that runs here, and which candidates a plan has."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny_step import CFG
+
+from mlm_jax import cli
+from mlm_jax.compile import plan
+from mlm_jax.compile.chips import CHIPS
+from mlm_jax.compile.program import DoesNotFit, compile_step, count_parameters, out_of_memory
+from mlm_jax.compile.table import format_plan, format_result, format_row
+from mlm_jax.compile.topology import Topology
+from mlm_jax.config import ModelConfig, OptimizerConfig, ShardingConfig, StageConfig, load_config
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+RECIPES = ("bert_base", "bert_large", "bert_large_lamb", "roberta_base", "roberta_large")
+BASE = dataclasses.replace(
+    CFG,
+    sharding=ShardingConfig(data=16),
+    model=ModelConfig(30522, 12, 768, 12, 3072),
+    optimizer=OptimizerConfig(),
+    stages=(StageConfig(seq_len=128, batch_size=256), StageConfig(seq_len=512, batch_size=256)),
+)
+PARAMETERS = 109_514_298
+
+
+def topology_of(generation: str, num_devices: int) -> Topology:
+    return Topology(f"{generation}:test", generation, (num_devices,), 1, tuple(range(num_devices)))
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The tiny step, compiled for the devices here: its state over two shards of four replicas."""
+    cfg = dataclasses.replace(CFG, sharding=ShardingConfig(data=4, fsdp=2))
+    return compile_step(cfg, 0, jax.devices())
+
+
+def test_the_kinds_of_memory_are_what_the_compiler_plans(program):
+    planned, kinds = program.compiled.memory_analysis(), program.memory()
+    # Adam keeps two moments of each parameter's size and a count, the schedule a count.
+    assert kinds["optimizer"] == 2 * kinds["parameters"] + 2 * 4
+    assert kinds["ema"] == kinds["parameters"]
+    # Matrices are halved; vectors, of which there are few, are not.
+    assert 4 * program.num_parameters / 2 < kinds["parameters"] < 4 * program.num_parameters * 0.6
+    arguments = kinds["parameters"] + kinds["optimizer"] + kinds["ema"] + kinds["batch and padding"]
+    assert arguments == planned.argument_size_in_bytes
+    # Of the rows a device has an eighth: 4 of 24 tokens with their segments, and two numbers a row.
+    rows = 4 * (2 * 4 * 24 + 2 * 4)
+    assert rows < kinds["batch and padding"] < rows + 6 * CFG.model.vocab_size
+    assert kinds["activations and temporaries"] == planned.temp_size_in_bytes > 0
+
+
+def test_parameters_are_counted_without_compiling(program):
+    parameters, attention = count_parameters(CFG, 0, jax.devices())
+    assert (parameters, attention) == (program.num_parameters, "xla")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+         "Used 18.04G of 15.75G hbm. Exceeded hbm capacity by 2.29G.", "18.04 GiB and a chip has 15.75 GiB", 18.04 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.00T) exceeds "
+         "available HBM (95.74G).", "1024.00 GiB and a chip has 95.74 GiB", 2.0**40),
+        ("RESOURCE_EXHAUSTED: something new", "RESOURCE_EXHAUSTED: something new", None),
+    ],
+)  # fmt: skip
+def test_the_compilers_lack_of_memory_is_told_with_its_figures_and_what_to_change(message, needed, size):
+    error = out_of_memory(message)
+    assert isinstance(error, DoesNotFit) and error.needed_bytes == size
+    assert needed in str(error) and "accumulation" in str(error) and "compute.remat=dots" in str(error)
+
+
+def test_candidates_divide_the_devices_and_the_batch():
+    found = list(plan.enumerate_candidates(BASE, 1, 16, 1))
+    assert len(found) == len(set(found))
+    for one in found:
+        sharding = one.sharding
+        assert sharding.slice * sharding.data * sharding.fsdp * sharding.tensor == 16
+        assert 256 % (16 // sharding.tensor * one.accumulation) == 0
+        assert not (sharding.zero and sharding.data == 1)
+    shapes = {(one.sharding.data, one.sharding.fsdp, one.sharding.tensor, one.sharding.zero) for one in found}
+    assert {(16, 1, 1, False), (16, 1, 1, True), (1, 16, 1, False), (2, 8, 1, True), (8, 1, 2, False)} <= shapes
+    # 30,522 words are two times an odd number, and heads are twelve: no more than two ways.
+    assert max(tensor for _, _, tensor, _ in shapes) == 2
+    assert {one.accumulation for one in found if one.sharding.tensor == 1} == {1, 2, 4, 8, 16}
+    assert {one.sharding.slice for one in plan.enumerate_candidates(BASE, 1, 32, 2)} == {2}
+
+
+def test_a_candidate_is_its_overrides(tmp_path):
+    one = next(one for one in plan.enumerate_candidates(BASE, 1, 16, 1) if one.remat == "dots" and one.accumulation == 2)
+    applied = one.apply(BASE, 1)
+    assert (applied.stages[1].accumulation, applied.stages[0].accumulation) == (2, 1)
+    file = tmp_path / "x.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\nget_config = lambda: ConfigDict(dict(name='x', stages=({}, {})))\n"
+    )
+    options, overrides = cli._parse(["compile", "--config", str(file), *one.overrides(1)])
+    cfg = load_config(options.config, overrides)
+    assert (cfg.sharding, cfg.compute.remat, cfg.compute.layers) == (one.sharding, one.remat, one.layers)
+    assert cfg.stages[1].accumulation == 2
+
+
+def test_arithmetic_is_close_to_what_the_compiler_planned():
+    """BERT-base, 16 rows of 512 a chip of v5e:4x4, by libtpu 0.0.42: 9.20 GiB with splash, 15.22 GiB without."""
+    one = plan.Candidate(ShardingConfig(data=16), 1, "none", "scan")
+    for attention, measured in (("splash", 9.20), ("xla", 15.22)):
+        needed = plan.needed_bytes(one, BASE, BASE.stages[1], PARAMETERS, 16, attention)
+        assert needed / 2**30 == pytest.approx(measured, rel=0.25)
+
+
+def test_arithmetic_knows_what_saves_memory():
+    def needed(sharding=BASE.sharding, accumulation=1, remat="none", layers="scan", attention="splash"):
+        one = plan.Candidate(sharding, accumulation, remat, layers)
+        return plan.needed_bytes(one, BASE, BASE.stages[1], PARAMETERS, 16, attention)
+
+    assert needed() > needed(layers="unroll") > needed(remat="dots") > needed(remat="full")
+    assert needed() > needed(accumulation=2) > needed(accumulation=4)
+    assert needed() - needed(ShardingConfig(data=16, zero=True)) == pytest.approx(12 * PARAMETERS * 15 / 16)
+    assert needed() > needed(ShardingConfig(data=1, fsdp=16))
+    assert needed(attention="xla") - needed() == pytest.approx(12 * 10 * 12 * 512 * 16 * 512)
+
+
+def test_the_shortlist_leaves_out_what_cannot_fit_and_begins_with_what_promises_most():
+    roomy = plan.shortlist(BASE, 1, topology_of("v5p", 16), PARAMETERS, "splash", 6)
+    assert len(roomy) == 6
+    first = roomy[0][0]
+    assert (first.remat, first.layers, first.accumulation, first.sharding.tensor) == ("none", "unroll", 1, 1)
+    tight = dataclasses.replace(BASE, stages=(BASE.stages[0], StageConfig(seq_len=512, batch_size=2048)))
+    for candidate, needed in plan.shortlist(tight, 1, topology_of("v5e", 16), PARAMETERS, "splash", 100):
+        assert needed < plan.TOLERANCE * CHIPS["v5e"].hbm_bytes
+        assert candidate.accumulation > 1 or candidate.remat != "none"
+    costs = [plan.guessed_cost(candidate) for candidate, _ in roomy]
+    assert costs == sorted(costs)
+
+
+def test_a_plan_ranks_what_fits_and_skips_what_needs_more_than_what_did_not():
+    chosen = plan.shortlist(BASE, 1, topology_of("v5p", 16), PARAMETERS, "splash", 1000)
+    needed = {one.apply(BASE, 1): size for one, size in chosen}
+    limit = sorted(needed.values())[len(needed) // 2]
+    tried = []
+
+    def attempt(cfg):
+        tried.append(cfg)
+        if needed[cfg] > limit:
+            return {"fits": False, "reason": "it is too large"}
+        return {"fits": True, "milliseconds": 10.0 + cfg.sharding.fsdp}
+
+    found = plan.explore(BASE, 1, chosen, attempt)
+    assert tried[0] == BASE and len(found) == len(tried)
+    # Whatever fits was tried; of the rest, each needed less than those before it.
+    assert {cfg for cfg, size in needed.items() if size <= limit} <= set(tried)
+    refused = [needed[cfg] for cfg in tried[1:] if needed[cfg] > limit]
+    assert refused and refused == sorted(refused, reverse=True)
+    fitting = [one for one in found if one["fits"]]
+    assert found[: len(fitting)] == fitting == sorted(fitting, key=lambda one: one["milliseconds"])
+    assert "--config.sharding.fsdp=1" in found[0]["overrides"] and found[-1]["reason"] == "it is too large"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "configs/smoke.py"], "smoke names no reference_topology; give --topology: v4:2x2x2"),
+        (["--config", "configs/bert_base.py", "--table", "configs/smoke.py"], "not allowed with argument"),
+        (["--topology", "v5e:2x2"], "one of the arguments --config --table is required"),
+        (["--table", "configs/smoke.py", "--plan"], "leave out --plan"),
+        (["--config", "configs/smoke.py", "--topology", "v5e:2x2", "--topology", "v5e:4x4"], "only --table takes"),
+        (["--config", "configs/smoke.py", "--plan", "--max-candidates", "0"], "--max-candidates=0 must be positive"),
+        (["--config", "configs/smoke.py", "--topology", "v5e-16"], "--topology=v5e-16 is not GENERATION:SHAPE"),
+        (["--config", "configs/smoke.py", "--topology", "v9:2x2"], "v9 is none of v4, v5e"),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_one_message(capsys, arguments, message):
+    assert cli.main(["compile", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_its_compiler_a_tpu_topology_names_the_extra(capsys):
+    assert cli.main(["compile", "--config", "configs/smoke.py", "--topology", "v5e:2x2"]) == 2
+    assert "pip install 'mlm-jax[tpu-compile]'" in capsys.readouterr().err
+
+
+def result(**changes):
+    kinds = {"parameters": 2**30, "activations and temporaries": 2**31}
+    estimate = {
+        "method": "estimate",
+        "milliseconds": 100.0,
+        "tokens_per_second": 1.3e6,
+        "mfu": 0.25,
+        "groups": {"mlp": {"milliseconds": 60.0, "backward": 40.0, "matrix_products": 50.0}},
+        "kernel_milliseconds": 7.0,
+        "kernel_fill": 0.5,
+        "roofline_milliseconds": 1.0,
+        "unknown": {"loops counted once": 2},
+    }
+    return {
+        "config": "x", "stage": 1, "batch_size": 256, "seq_len": 512, "accumulation": 2, "topology": "v5e:4x4",
+        "device": "TPU v5 lite", "num_devices": 16, "mesh": {"data": 16, "fsdp": 1}, "zero": True, "parameters": 10,
+        "dtype": "bfloat16", "layers": "scan", "remat": "none", "attention": "splash", "compile_seconds": 3.0,
+        "memory": {"kinds": kinds, "total": 3 * 2**30, "limit": 16 * 2**30},
+        "tokens": 131_072, "flops_per_token": 588e6, "estimate": estimate | changes,
+        "collectives": [{"kind": "all-reduce", "axes": "data", "count": 12, "bytes": 17e6, "milliseconds": 3.3}],
+    }  # fmt: skip
+
+
+def test_every_time_is_labelled():
+    text = format_result(result())
+    assert "ESTIMATE by the compiler's cost model, nothing was measured: 100.00 ms a step" in text
+    assert "at 50% of the peak" in text and "2 loops counted once: the step is longer than this" in text
+    assert "at least 100.00 ms a step" in format_result(result(method="roofline"))
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "data=16 × fsdp=1, ZeRO" in text
+    how = "data 16 ZeRO, scan, remat none, splash"
+    assert format_row(result()) == f"| x | 256 / 2 × 512 | v5e:4x4 | {how} | 3.00 of 16.00 | 100.0 | 1,300,000 | 25.0% |"
+    assert "does not fit" in format_row({"config": "x", "stage": 0, "topology": "v5e:2x2", "reason": "it does not fit"})
+    shown = format_plan(
+        {"config": "x", "stage": 1, "topology": "v5e:4x4", "overrides": ["--config.compute.remat=dots"], "best": result(),
+         "candidates": [{"fits": True, "milliseconds": 9.0, "mfu": None, "memory": 2**30, "overrides": []},
+                        {"fits": False, "reason": "no", "overrides": ["--config.compute.remat=full"]}]}
+    )  # fmt: skip
+    assert shown.endswith("best: --config.compute.remat=dots") and "does not fit" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_fits_where_it_says(name):
+    """Every stage, by XLA's compiler for TPUs: minutes each, in a process of its own as jax has one platform in each."""
+    command = [sys.executable, "-m", "mlm_jax", "compile", "--table", str(CONFIGS / f"{name}.py"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows and all("reason" not in row for row in rows), rows
+    assert all(row["memory"]["total"] <= row["memory"]["limit"] for row in rows)
+    assert all(0.0 < row["estimate"]["mfu"] < 1.0 and not row["estimate"]["unknown"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compile
+def test_a_plan_and_a_refusal_from_the_real_compiler():
+    small = ["--config.model.num_layers=1", "--config.model.attention_dropout=0.0", "--topology", "v5e:2x2", "--stage", "1"]
+    command = [sys.executable, "-m", "mlm_jax", "compile", "--config", str(CONFIGS / "bert_base.py"), *small, "--json"]
+    planned = subprocess.run([*command, "--plan", "--max-candidates", "1"], capture_output=True, text=True, check=False)
+    assert planned.returncode == 0, planned.stderr
+    found = json.loads(planned.stdout.splitlines()[-1])
+    assert len(found["candidates"]) == 2
+    times = [one["milliseconds"] for one in found["candidates"]]
+    assert times == sorted(times) and found["best"]["estimate"]["milliseconds"] == times[0]
+    refused = subprocess.run([*command, "--rows-per-device", "2048"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "GiB and a chip has 15.75 GiB" in refused.stderr and "compute.remat=dots" in refused.stderr
