@@ -236,6 +236,57 @@ def test_links_of_a_ring_a_line_and_between_slices():
     assert both == pytest.approx(line + 1e9 / 16 / CHIPS["v5e"].dcn_bytes_per_second)
 
 
+FUSED_HLO = """%start (p: bf16[128,64]) -> (bf16[128,64], bf16[1024,64]) {
+  %p = bf16[128,64]{1,0} parameter(0)
+  %gather.1 = bf16[1024,64]{1,0} all-gather(%p), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %s = (bf16[128,64]{1,0}, bf16[1024,64]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%along (q: bf16[128,64]) -> bf16[64,64] {
+  %q = bf16[128,64]{1,0} parameter(0)
+  %gather.2 = bf16[1024,64]{1,0} all-gather(%q), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %dot = bf16[64,64]{1,0} convolution(%q, %q), metadata={op_name="jvp(mlp)/dot_general"}
+}
+
+%done (r: bf16[128,64]) -> bf16[1024,64] {
+  %r = bf16[128,64]{1,0} parameter(0)
+  %gather.3 = bf16[1024,64]{1,0} all-gather(%r), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %d = bf16[1024,64]{1,0} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%scatter (t: f32[4096]) -> f32[1024] {
+  %t = f32[4096]{0} parameter(0)
+  %sum = f32[4096]{0} all-reduce(%t), channel_id=7, replica_groups=[1,4]<=[4]
+  %i = s32[] constant(0)
+  ROOT %part = f32[1024]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={1024}
+}
+
+ENTRY %main (x: bf16[128,64], y: f32[4096]) -> bf16[1024,64] {
+  %x = bf16[128,64]{1,0} parameter(0)
+  %y = f32[4096]{0} parameter(1)
+  %async-collective-start = (bf16[128,64]{1,0}, bf16[1024,64]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %part.1 = bf16[128,64]{1,0} get-tuple-element(%async-collective-start), index=0
+  %fusion.1 = bf16[64,64]{1,0} fusion(%part.1), kind=kOutput, calls=%along, backend_config={"estimated_cycles":"CYCLES"}
+  %async-collective-done = bf16[1024,64]{1,0} fusion(%part.1), kind=kCustom, calls=%done
+  %all-reduce-scatter = f32[1024]{0} fusion(%y), kind=kCustom, calls=%scatter
+  ROOT %copy = bf16[1024,64]{1,0} bitcast(%async-collective-done)
+}
+"""
+
+
+@pytest.mark.parametrize("cycles", [300, 30_000])
+def test_fused_collectives_run_beside_the_computations_that_carry_them(cycles):
+    topology = topology_of("v5e", (2, 2))
+    line = estimate_step(FUSED_HLO.replace("CYCLES", str(cycles)), mesh_of(topology, data=4), topology)
+    # Four devices: 64 kB of which each has a quarter; then 16 kB, added up and divided. Two links each, two hops.
+    gather = 0.75 * 4 * 128 * 64 * 2 / 100e9 + 2e-6
+    scatter = 0.75 * 4 * 4096 / 100e9 + 2e-6
+    compute = cycles * 131_072 / 197e12
+    assert line.groups["mlp"] == pytest.approx(compute)
+    assert line.seconds == pytest.approx(max(gather, compute) + scatter)
+    assert {each.kind: each.bytes for each in line.collectives} == {"all-gather": 4 * 128 * 64 * 2, "reduce-scatter": 16_384}
+
+
 def test_permutations_take_their_longest_way_and_opposite_ones_do_not_delay_each_other():
     topology = topology_of("v5e", (4, 4))
     mesh = mesh_of(topology, data=4, fsdp=4)

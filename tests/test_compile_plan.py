@@ -14,6 +14,7 @@ from tiny_step import CFG
 from mlm_jax import cli
 from mlm_jax.compile import plan
 from mlm_jax.compile.chips import CHIPS
+from mlm_jax.compile.describe import describe
 from mlm_jax.compile.program import DoesNotFit, compile_step, count_parameters, out_of_memory
 from mlm_jax.compile.table import format_plan, format_result, format_row
 from mlm_jax.compile.topology import Topology
@@ -55,6 +56,14 @@ def test_the_kinds_of_memory_are_what_the_compiler_plans(program):
     rows = 4 * (2 * 4 * 24 + 2 * 4)
     assert rows < kinds["batch and padding"] < rows + 6 * CFG.model.vocab_size
     assert kinds["activations and temporaries"] == planned.temp_size_in_bytes > 0
+
+
+def test_what_the_compiler_lets_pass_is_refused_where_it_exceeds_the_memory(program, monkeypatch):
+    small = dataclasses.replace(CHIPS["h100"], hbm_bytes=1e5)
+    monkeypatch.setitem(CHIPS, "h100", small)
+    topology = Topology("h100:1x8", "h100", (), 1, tuple(jax.devices()))
+    with pytest.raises(DoesNotFit, match=r"needs 0\.00 GiB and a chip has 0\.00 GiB"):
+        describe(CFG, 0, topology, program)
 
 
 def test_parameters_are_counted_without_compiling(program):

@@ -34,13 +34,13 @@ def kernel_flops(one: Instruction, module: Module) -> tuple[float, int] | None:
     """An attention kernel's floating-point operations and its head dimension, or None for a kernel that is not known."""
     name = one.attribute("custom_call_target") if "__cudnn$" in one.attributes else one.name
     products = next((count for prefix, count in KERNEL_PRODUCTS.items() if name.startswith(prefix)), None)
-    heads = [shape for name in one.operands for _, shape in array_shapes(module.result_of(name)) if len(shape) == 4]
+    shapes = [shape for operand in one.operands for _, shape in array_shapes(module.result_of(operand))]
+    heads = [shape for shape in shapes if len(shape) == 4]
     if products is None or len(heads) < 2:
         return None
     if name.startswith("splash_mha_dkv") and re.search(r'use_fused_bwd_kernel\\?": true', one.attributes):
         products += 1  # dQ as well
-    # Two of the four dimensions are the same in any layout: rows and head dimension. The kernels see [B, H, L, K]; cuDNN's
-    # operands are written [B, L, H, K], which is as many numbers.
+    # Splash takes [B, H, L, K], cuDNN [B, L, H, K].
     keys = heads[1][2] if name.startswith("splash") else heads[1][1]
     return products * 2.0 * math.prod(heads[0]) * keys, heads[0][-1]
 

@@ -4,15 +4,22 @@ from typing import Any
 
 from mlm_jax import flops
 from mlm_jax.compile.estimate import Timeline, estimate_step
-from mlm_jax.compile.program import Program, attention_of
+from mlm_jax.compile.program import Program, attention_of, does_not_fit
 from mlm_jax.compile.topology import Topology
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.masking import num_slots
 
 
 def describe(cfg: Config, stage_index: int, topology: Topology, program: Program) -> dict[str, Any]:
-    """The findings in JSON's types, as `compile.table` shows them."""
+    """The findings in JSON's types, as `compile.table` shows them.
+
+    Raises:
+        DoesNotFit: the program needs more memory than there is, which XLA's compiler for GPUs does not mind.
+    """
     stage, compute, memory = cfg.stages[stage_index], program.objective.compute, program.memory()
+    data = sum(memory.values()) - memory["program"]
+    if data > topology.chip.hbm_bytes:
+        raise does_not_fit(data, topology.chip.hbm_bytes)
     device = topology.devices[0]
     return {
         "config": cfg.name,

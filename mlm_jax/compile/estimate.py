@@ -9,7 +9,7 @@ often as it runs. Attention kernels, and instructions that carry no cycles (on a
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -81,10 +81,8 @@ class Estimator:
         return self._walk(self.module.entry)
 
     def _walk(self, computation: str) -> Timeline:
-        line = Timeline()
-        free, finish = Seconds(float), dict[str, float]()  # when a lane is free again, when a collective is done
+        line, pending = Timeline(), _Pending()
         for one in self.module.computations[computation]:
-            collective = self._collective(one)
             if one.opcode == "while":
                 count = trip_count(self.module, one)
                 if count is None:
@@ -92,23 +90,37 @@ class Estimator:
                 line.add(self._walk(one.attribute("body")), 1 if count is None else count)
             elif one.opcode == "call":
                 line.add(self._walk(one.attribute("to_apply")), 1)
-            elif collective:
-                found = measure(collective, self.module, self.mesh, self.topology)
-                line.collectives[found] += 1
-                where = lane(collective)
-                finish[one.name] = free[where] = max(line.seconds, free[where]) + found.seconds
-                if not one.opcode.endswith("-start"):
-                    line.groups[COLLECTIVES] += finish[one.name] - line.seconds
-            elif one.opcode.endswith("-done") and one.operands and one.operands[0] in finish:
-                line.groups[COLLECTIVES] += max(0.0, finish[one.operands[0]] - line.seconds)
-            elif one.opcode not in FREE:
+            elif one.opcode == "conditional":
+                line.unknown["conditionals counted as free"] += 1
+            elif one.opcode not in FREE and not self._communicate(one, line, pending):
                 self._price(one, line)
         return line
 
-    def _collective(self, one: Instruction) -> Instruction | None:
-        """The collective that an instruction is, or that it starts on the side."""
-        inside = self.module.computations.get(one.attribute("calls"), []) if one.opcode == "async-start" else [one]
-        return next((member for member in inside if collective_kind(member.opcode)), None)
+    def _communicate(self, one: Instruction, line: Timeline, pending: "_Pending") -> bool:
+        """Accounts for a collective that begins, ends or runs here; False where the instruction is to be priced as well.
+
+        XLA:TPU fuses collectives: a start, computations that carry them along, and a done, all of one channel.
+        """
+        fused = one.opcode in ("fusion", "async-start")
+        body = self.module.computations.get(one.attribute("calls"), []) if fused else [one]
+        inner = next((member for member in body if collective_kind(member.opcode)), None)
+        if inner is None:
+            return one.opcode.endswith("-done") and bool(one.operands) and pending.wait(one.operands[0], line)
+        channel = inner.attribute("channel_id") or one.name
+        marks = {member.attribute("custom_call_target") for member in body}
+        if "AsyncCollectiveDone" in marks:
+            return pending.wait(channel, line)
+        if one.opcode == "fusion" and channel in pending.finish:
+            return False
+        if one.opcode == "fusion" and inner.opcode == "all-reduce" and any(m.opcode == "dynamic-slice" for m in body):
+            inner = dataclasses.replace(inner, opcode="reduce-scatter")
+        found = measure(inner, self.module, self.mesh, self.topology)
+        line.collectives[found] += 1
+        pending.begin((one.name, channel), lane(inner), found.seconds, line)
+        if not one.opcode.endswith("-start") and "AsyncCollectiveStart" not in marks:
+            pending.wait(one.name, line)
+            return one.cycles is None
+        return True
 
     def _price(self, one: Instruction, line: Timeline) -> None:
         owner = self.owners.get(one.name, profile.Instruction(one.opcode, "", False))
@@ -135,6 +147,26 @@ class Estimator:
             line.backward[group] += seconds
         if owner.is_matrix_product:
             line.products[group] += seconds
+
+
+@dataclasses.dataclass
+class _Pending:
+    """When the collectives that were begun are done, and when each lane of the links is free again, in seconds."""
+
+    finish: dict[str, float] = dataclasses.field(default_factory=dict)
+    free: Seconds = dataclasses.field(default_factory=lambda: Seconds(float))
+
+    def begin(self, names: Iterable[str], where: str, seconds: float, line: Timeline) -> None:
+        """Runs a collective on a lane as soon as that is free; it is known under several names."""
+        self.free[where] = max(line.seconds, self.free[where]) + seconds
+        self.finish.update(dict.fromkeys(names, self.free[where]))
+
+    def wait(self, name: str, line: Timeline) -> bool:
+        """Waits for a collective; False where none of that name was begun."""
+        if name not in self.finish:
+            return False
+        line.groups[COLLECTIVES] += max(0.0, self.finish[name] - line.seconds)
+        return True
 
 
 def _classify(one: Instruction, op_name: str) -> tuple[str, str]:

@@ -148,17 +148,24 @@ def device_bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+ADVICE = "more stages[…].accumulation, compute.remat=dots, fewer rows, sharding.zero or fsdp, or more chips"
+
+
+def does_not_fit(needed: float, limit: float) -> DoesNotFit:
+    """The refusal of a step that needs more bytes than there are."""
+    return DoesNotFit(
+        f"the step does not fit: it needs {needed / 2**30:.2f} GiB and a chip has {limit / 2**30:.2f} GiB. Try {ADVICE}",
+        needed,
+    )
+
+
 def out_of_memory(message: str) -> DoesNotFit:
     """The compiler's lack of memory, with its own figures."""
     used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-    needed = re.search(r"total memory required[^(]*\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
-    figures = used or needed
-    advice = "more stages[…].accumulation, compute.remat=dots, fewer rows, sharding.fsdp, or more chips"
+    total = re.search(r"total memory required[^(]*\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
+    figures = used or total
     if not figures:
-        return DoesNotFit(f"the step does not fit a chip's memory: {message.splitlines()[0][:300]}. Try {advice}", None)
+        return DoesNotFit(f"the step does not fit a chip's memory: {message.splitlines()[0][:300]}. Try {ADVICE}", None)
     scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    size, limit = (float(figures[index]) * scale[figures[index + 1]] for index in (1, 3))
-    return DoesNotFit(
-        f"the step does not fit: it needs {size / 2**30:.2f} GiB and a chip has {limit / 2**30:.2f} GiB. Try {advice}",
-        size,
-    )
+    needed, limit = (float(figures[index]) * scale[figures[index + 1]] for index in (1, 3))
+    return does_not_fit(needed, limit)
