@@ -102,9 +102,9 @@ def test_a_schedule_adds_up():
     assert line.groups["norm"] == pytest.approx(8e6 / 819e9)
     assert line.backward["norm"] == line.groups["norm"]
     # 4004 bytes over two chips on one link, there and back: half of it, and a microsecond of latency each way.
-    one = 2 * (4004 / 2 / 50e9 + 1e-6)
+    one = 2 * (4004 / 2 / 45e9 + 1e-6)
     # 16 MB among four chips of a square, two links each, behind 15,000 cycles of other work.
-    gather = 0.75 * 16e6 / 100e9 + 2e-6
+    gather = 0.75 * 16e6 / 90e9 + 2e-6
     assert line.groups[COLLECTIVES] == pytest.approx(12 * one + gather - 15_000 / clock)
     assert line.seconds == pytest.approx(sum(line.groups.values()))
     found = {(each.kind, each.axes): (each.bytes, count) for each, count in line.collectives.items()}
@@ -228,8 +228,8 @@ def test_links_of_a_ring_a_line_and_between_slices():
     line = seconds(topology_of("v5e", (4, 4)), data=16)
     ring = seconds(topology_of("v5e", (16, 16)), data=256)
     # Twice the bytes pass in either; a closed dimension has two links into each chip where an open one has one.
-    assert line == pytest.approx(2 * (1e9 * 15 / 16 / 100e9 + 6e-6))
-    assert ring == pytest.approx(2 * (1e9 * 255 / 256 / 200e9 + 16e-6))
+    assert line == pytest.approx(2 * (1e9 * 15 / 16 / 90e9 + 6e-6))
+    assert ring == pytest.approx(2 * (1e9 * 255 / 256 / 180e9 + 16e-6))
     assert seconds(topology_of("v5e", (4, 4)), "all-gather", data=16) == pytest.approx(line / 2)
     # Between two slices each chip sends and receives half of its sixteenth, twice.
     both = seconds(topology_of("v5e", (4, 4), slices=2), data=32)
@@ -279,8 +279,8 @@ def test_fused_collectives_run_beside_the_computations_that_carry_them(cycles):
     topology = topology_of("v5e", (2, 2))
     line = estimate_step(FUSED_HLO.replace("CYCLES", str(cycles)), mesh_of(topology, data=4), topology)
     # Four devices: 64 kB of which each has a quarter; then 16 kB, added up and divided. Two links each, two hops.
-    gather = 0.75 * 4 * 128 * 64 * 2 / 100e9 + 2e-6
-    scatter = 0.75 * 4 * 4096 / 100e9 + 2e-6
+    gather = 0.75 * 4 * 128 * 64 * 2 / 90e9 + 2e-6
+    scatter = 0.75 * 4 * 4096 / 90e9 + 2e-6
     compute = cycles * 131_072 / 197e12
     assert line.groups["mlp"] == pytest.approx(compute)
     assert line.seconds == pytest.approx(max(gather, compute) + scatter)
@@ -301,7 +301,7 @@ def test_permutations_take_their_longest_way_and_opposite_ones_do_not_delay_each
 }
 """
     line = estimate_step(text, mesh, topology)
-    step = 4e6 / 50e9 + 1e-6
+    step = 4e6 / 45e9 + 1e-6
     assert line.seconds == pytest.approx(2 * step)
     assert {(each.axes, count): each.seconds for each, count in line.collectives.items()} == {
         ("fsdp", 1): pytest.approx(step + 2e-6),  # a line of four: three hops back to its start

@@ -103,6 +103,18 @@ def test_candidates_divide_the_devices_and_the_batch():
     assert {one.sharding.slice for one in plan.enumerate_candidates(BASE, 1, 32, 2)} == {2}
 
 
+def test_the_config_itself_is_not_compiled_twice():
+    cfg = dataclasses.replace(BASE, sharding=ShardingConfig(data=-1, fsdp=2, zero=True))
+    own = plan.own_candidate(cfg, 1, jax.devices())
+    assert own == plan.Candidate(ShardingConfig(data=4, fsdp=2, zero=True), 1, "none", "scan")
+    topology = topology_of("v5p", 8)
+    everything = plan.shortlist(BASE, 1, topology, PARAMETERS, "splash", 10**6)
+    rest = plan.shortlist(BASE, 1, topology, PARAMETERS, "splash", 10**6, without=everything[3][0])
+    assert rest == everything[:3] + everything[4:]
+    wrong = dataclasses.replace(BASE, sharding=ShardingConfig(data=3))
+    assert plan.own_candidate(wrong, 1, jax.devices()) is None
+
+
 def test_a_candidate_is_its_overrides(tmp_path):
     one = next(one for one in plan.enumerate_candidates(BASE, 1, 16, 1) if one.remat == "dots" and one.accumulation == 2)
     applied = one.apply(BASE, 1)

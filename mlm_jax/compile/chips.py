@@ -33,17 +33,17 @@ class Chip:
 
 
 GiB = 2**30
-# Sources: bandwidths of memory, links and network from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where ICI
-# is given for a chip in both directions: the 400 GB/s of v5e are 4 ports of 50 GB/s each way. Rings: v5e and v6e close a
-# dimension of 16 chips, the others every multiple of 4. Matrix units: 4 of 128x128 a core on v4, v5e and v5p (v4 and v5p
-# have two cores to a device); v6e and TPU7x do 4·256² products a cycle, which their peak and the compiler's estimates
-# agree on. HBM: "available HBM" in libtpu 0.0.42's message when memory runs out.
+# Sources: HBM bandwidths, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Links (one way), network, and where a torus
+# closes, jax-ml/scaling-book:tpus.md: v5e and v6e close a dimension of 16 chips, the others every multiple of 4. Half of a
+# chip's figures for TPU7x. Matrix units: 4 of 128x128 a core on v4, v5e and v5p (v4 and v5p: two cores to a device); v6e
+# and TPU7x do 4·256² products a cycle, which their peaks and the compiler's estimates agree on. HBM sizes: "available HBM"
+# in the message of libtpu 0.0.42 when memory runs out.
 TPUS = {
-    "v4": Chip(30.75 * GiB, 1228e9, 50e9, 3.125e9, 262_144, 128, 4),
-    "v5e": Chip(15.75 * GiB, 819e9, 50e9, 3.125e9, 131_072, 128, 16),
-    "v5p": Chip(95.74 * GiB, 2765e9, 100e9, 6.25e9, 262_144, 128, 4),
-    "v6e": Chip(31.25 * GiB, 1638e9, 100e9, 12.5e9, 524_288, 256, 16),
-    "tpu7x": Chip(94.75 * GiB, 3690e9, 100e9, 6.25e9, 524_288, 256, 4),
+    "v4": Chip(30.75 * GiB, 1200e9, 45e9, 6.25e9, 262_144, 128, 4),
+    "v5e": Chip(15.75 * GiB, 819e9, 45e9, 3.125e9, 131_072, 128, 16),
+    "v5p": Chip(95.74 * GiB, 2765e9, 90e9, 6.25e9, 262_144, 128, 4),
+    "v6e": Chip(31.25 * GiB, 1638e9, 90e9, 12.5e9, 524_288, 256, 16),
+    "tpu7x": Chip(94.75 * GiB, 3690e9, 45e9, 6.25e9, 524_288, 256, 4),
 }
 
 # Sources: NVIDIA's data sheets of the SXM cards (memory, NVLink in both directions together) and of DGX H100 and H200 (one

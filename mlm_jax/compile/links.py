@@ -13,7 +13,7 @@ from mlm_jax.compile.hlo import Instruction, Module, array_bytes, replica_groups
 from mlm_jax.compile.topology import Topology
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# About what one hop takes whatever it carries. Source: jax-ml/scaling-book:tpus.md.
+# About what one hop takes whatever it carries. Source: jax-ml/scaling-book:sharding.md.
 HOP_SECONDS = 1e-6
 
 

@@ -7,14 +7,18 @@ Compiling takes minutes, so arithmetic first drops what cannot fit and puts what
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jax
 
 from mlm_jax.compile.describe import describe
 from mlm_jax.compile.program import compile_step, count_parameters
 from mlm_jax.compile.topology import Topology
 from mlm_jax.config import Config, ModelConfig, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
+from mlm_jax.model.encoder import Compute
+from mlm_jax.sharding import make_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,18 @@ class Candidate:
         fields |= {f"stages[{stage_index}].accumulation": self.accumulation}
         fields |= {"compute.remat": self.remat, "compute.layers": self.layers}
         return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def own_candidate(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -> Candidate | None:
+    """How the config itself executes the stage; None where its mesh does not suit the devices."""
+    try:
+        sizes = make_mesh(cfg.sharding, devices).shape
+    except UserError:
+        return None
+    compute = Compute.resolve(cfg.compute, devices[0].platform)
+    sharding = ShardingConfig(**sizes, zero=cfg.sharding.zero)
+    layers = "scan" if compute.scan_layers else "unroll"
+    return Candidate(sharding, cfg.stages[stage_index].accumulation, compute.remat, layers)
 
 
 def enumerate_candidates(cfg: Config, stage_index: int, num_devices: int, num_slices: int) -> Iterator[Candidate]:
@@ -116,14 +132,21 @@ def guessed_cost(candidate: Candidate) -> float:
 
 
 def shortlist(
-    cfg: Config, stage_index: int, topology: Topology, parameters: int, attention: str, limit: int
+    cfg: Config,
+    stage_index: int,
+    topology: Topology,
+    parameters: int,
+    attention: str,
+    limit: int,
+    *,
+    without: Candidate | None = None,
 ) -> list[tuple[Candidate, float]]:
     """The candidates worth compiling, the most promising first, each with the bytes that arithmetic gives it."""
     devices, stage = len(topology.devices), cfg.stages[stage_index]
     found = []
     for candidate in enumerate_candidates(cfg, stage_index, devices, topology.num_slices):
         needed = needed_bytes(candidate, cfg, stage, parameters, devices, attention)
-        if needed <= TOLERANCE * topology.chip.hbm_bytes:
+        if needed <= TOLERANCE * topology.chip.hbm_bytes and candidate != without:
             found.append((candidate, needed))
     return sorted(found, key=lambda pair: (guessed_cost(pair[0]), pair[1]))[:limit]
 
@@ -135,7 +158,8 @@ def run_plan(cfg: Config, stage_index: int, topology: Topology, max_candidates: 
         UserError: nothing fits.
     """
     parameters, attention = count_parameters(cfg, stage_index, topology.devices)
-    chosen = shortlist(cfg, stage_index, topology, parameters, attention, max_candidates)
+    own = own_candidate(cfg, stage_index, topology.devices)
+    chosen = shortlist(cfg, stage_index, topology, parameters, attention, max_candidates, without=own)
     tried = explore(cfg, stage_index, chosen, lambda cfg: _attempt(cfg, stage_index, topology))
     if not tried[0]["fits"]:
         raise UserError(
