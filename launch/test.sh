@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a change has to pass: format, lint, types, tests. Arguments go to pytest.
+# Everything that a change has to pass: format, lint, types, scripts, tests. Arguments go to pytest.
 #
 #   bash launch/test.sh                     all of it
 #   bash launch/test.sh -m slow             only the long proofs, which the default run leaves out
@@ -14,5 +14,6 @@ export JAX_PLATFORMS=${JAX_PLATFORMS-cpu}
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m mypy
+.venv/bin/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 # A module's tests stay in one process, because they share what they compile.
 "$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"
