@@ -90,9 +90,27 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
     the uses of a parameter, and of all micro-batches, are added where they arise, and between the devices only once.
     """
 
+    ways = jax.sharding.get_abstract_mesh().shape
+    one_way = [axis for axis in axes if ways[axis] == 1 or axis not in ROWS]
+
     def whole(leaf: jax.Array) -> jax.Array:
         spec = jax.typeof(leaf).sharding.spec
-        left = [_axes(part, without=axes) for part in spec.partitions]
+        parts = [_axes(part, without=one_way) for part in spec.partitions]
+        left = [_axes(part, without=axes) for part in parts]
+        gathered = [tuple(axis for axis in part or () if axis in axes) for part in parts]
+        moved = {axis for part in gathered for axis in part}
+
+        def collect(shard: jax.Array) -> jax.Array:
+            for dimension, names in enumerate(gathered):
+                if names:
+                    shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True, to="reduced")
+            return shard
+
+        if moved:
+            # A reshard would do, but its transpose is on a TPU an all-reduce of which each device keeps its part.
+            leaf = jax.reshard(leaf, jax.P(*parts, reduced=spec.reduced))
+            specs = {"in_specs": jax.P(*parts, reduced=spec.reduced), "out_specs": jax.P(*left, reduced=spec.reduced | moved)}
+            leaf = jax.shard_map(collect, **specs)(leaf)
         return jax.reshard(leaf, jax.P(*left, reduced=spec.reduced | (set(axes) & set(ROWS))))
 
     return jax.tree.map(whole, params)

@@ -138,14 +138,22 @@ class Encoder(nnx.Module):
 def ready(params: Any, dtype: jnp.dtype) -> Any:
     """Parameters as the model computes with them: in the compute dtype, the norms in float32, and whole on every device.
 
-    Only the layers stay divided over `fsdp`; each is gathered where it is used. Done once a step, outside all loops.
+    Done once a step, outside all loops; and once more, for nothing, by a loss that is given them.
     """
 
-    def convert(path: Any, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        return gather(leaf if "norm" in name else leaf.astype(dtype), REPLICAS if "layers" in name else ROWS)
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(convert, params)
+    return collect(jax.tree_util.tree_map_with_path(cast, params))
+
+
+def collect(params: Any) -> Any:
+    """Parameters whole on every device. Only the layers stay divided over `fsdp`: each is gathered where it is used."""
+
+    def whole(path: Any, leaf: jax.Array) -> jax.Array:
+        return gather(leaf, REPLICAS if "layers" in jax.tree_util.keystr(path) else ROWS)
+
+    return jax.tree_util.tree_map_with_path(whole, params)
 
 
 def _rematerialise(apply, policy: str, *, prevent_cse: bool):  # type: ignore[no-untyped-def]  # a function to a function of the same type

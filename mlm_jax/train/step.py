@@ -11,7 +11,7 @@ import optax
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.embeddings import segment_positions
-from mlm_jax.model.encoder import ready
+from mlm_jax.model.encoder import collect, ready
 from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
 from mlm_jax.sharding import ROWS
 from mlm_jax.train.state import TrainState
@@ -100,10 +100,9 @@ def accumulate_gradients(
     params = ready(stored, dtype)
 
     def reduced(grads: Any) -> Any:
-        def onto(grad: jax.Array, param: jax.Array) -> jax.Array:
-            return jax.reshard(grad, jax.typeof(param).sharding.spec).astype(param.dtype)
-
-        return jax.tree.map(onto, grads, stored)
+        """The transpose of what `collect` has done to the parameters; its forward pass is never computed."""
+        _, transpose = jax.vjp(collect, jax.tree.map(lambda param, grad: param.astype(grad.dtype), stored, grads))
+        return jax.tree.map(lambda grad, param: grad.astype(param.dtype), *transpose(grads), stored)
 
     def scaled(params: Any, micro: Batch, key: jax.Array | None, weights: dict[str, jax.Array]) -> Any:
         sums = loss_sums(params, micro, key)
