@@ -109,7 +109,10 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
         if moved:
             # A reshard would do, but its transpose is on a TPU an all-reduce of which each device keeps its part.
             leaf = jax.reshard(leaf, jax.P(*parts, reduced=spec.reduced))
-            specs = {"in_specs": jax.P(*parts, reduced=spec.reduced), "out_specs": jax.P(*left, reduced=spec.reduced | moved)}
+            specs = {
+                "in_specs": jax.P(*parts, reduced=spec.reduced),
+                "out_specs": jax.P(*left, reduced=spec.reduced | moved),
+            }
             leaf = jax.shard_map(collect, **specs)(leaf)
         return jax.reshard(leaf, jax.P(*left, reduced=spec.reduced | (set(axes) & set(ROWS))))
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ from mlm_jax.errors import UserError
 from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import Compute, ready
-from mlm_jax.model.layers import LayerNorm, dropout, weight_init
+from mlm_jax.model.layers import LayerNorm, add_bias, dropout, weight_init
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_targets
-from mlm_jax.sharding import make_mesh
+from mlm_jax.sharding import ROWS, make_mesh
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 TINY = ModelConfig(
@@ -97,16 +98,17 @@ def _gradient(model: ModelConfig, compute: Compute):
 
         return jax.value_and_grad(loss)(params)
 
-    return grad.lower(init(model), *make_rows(), jax.random.key(0)).compile(QUICK)
+    rows = make_rows(length=model.max_positions)
+    return grad.lower(init(model), *rows, jax.random.key(0)).compile(QUICK)
 
 
-def make_rows(rows: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def make_rows(rows: int = 2, seed: int = 0, length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     """Rows of three segments and padding, each with its own bounds."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 64, (rows, LENGTH)).astype(np.int32)
-    segment_ids = np.zeros((rows, LENGTH), np.int32)
+    tokens = rng.integers(0, 64, (rows, length)).astype(np.int32)
+    segment_ids = np.zeros((rows, length), np.int32)
     for row in range(rows):
-        bounds = [0, *sorted(rng.choice(np.arange(1, LENGTH - 1), 3, replace=False))]
+        bounds = [0, *sorted(rng.choice(np.arange(1, length - 1), 3, replace=False))]
         for segment in range(3):
             segment_ids[row, bounds[segment] : bounds[segment + 1]] = segment + 1
     return tokens, segment_ids
@@ -416,6 +418,77 @@ def test_attention_asked_for_by_name_is_never_replaced():
         choose_implementation("splash", TINY, 128, "cpu", jnp.dtype("bfloat16"))
     with pytest.raises(UserError, match="it does not take float32"):
         choose_implementation("cudnn", TINY, 128, "gpu", jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_the_kernel_of_a_tpu_attends_as_xla_does(monkeypatch, remat):
+    """Run by Pallas's interpreter: the same loss and gradient though biases of keys and values take another way."""
+    splash = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel")
+    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+    model = replace(embed_dim=64, num_layers=1, max_positions=128)
+    rows, key = make_rows(length=128), jax.random.key(0)
+    kernel = dataclasses.replace(PLAIN, attention="splash", platform="tpu", remat=remat)
+    (loss, grads), (other_loss, other_grads) = (gradient(model, c)(init(model), *rows, key) for c in (PLAIN, kernel))
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    assert (np.asarray(other_grads["encoder"]["layers"]["attention"]["key_bias_HK"]) == 0).all()
+    for (path, grad), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads), strict=True):
+        scale = np.abs(grad).max()
+        np.testing.assert_allclose(other, grad, atol=2e-5 * scale + 2e-7, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+# Layers whose gradients are written by hand.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_norm_is_that_of_its_formula(dtype):
+    rng = np.random.default_rng(0)
+    x, weights = (rng.normal(size=(4, 6, 32)).astype(jnp.dtype(dtype)) for _ in range(2))
+    scale, bias = (rng.normal(1, 0.3, 32).astype(np.float32) for _ in range(2))
+
+    def formula(x, scale, bias):
+        x = x.astype(jnp.float32)
+        normed = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return normed * scale[None, None] + bias[None, None]
+
+    def of(function):
+        return jax.jit(jax.grad(lambda *args: (function(*args) * weights).astype(jnp.float32).sum(), (0, 1, 2)))(
+            x, scale, bias
+        )
+
+    norm = LayerNorm(32, 1e-12, rngs=nnx.Rngs(0))
+    graphdef, _ = nnx.split(norm)
+    ours = of(lambda x, scale, bias: nnx.merge(graphdef, nnx.State({"scale_D": scale, "bias_D": bias}))(x))
+    for found, expected in zip(ours, of(formula), strict=True):
+        tolerance = 1e-5 if dtype == "float32" else 2**-6  # a few roundings to 8 bits
+        assert found.dtype == expected.dtype
+        found, expected = (np.asarray(each, np.float64) for each in (found, expected))
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dimensions", [(2,), (1, 3)])
+def test_the_gradient_of_a_bias_is_a_sum(dtype, dimensions):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 8, 16, 4)[: 4 if len(dimensions) == 2 else 3]).astype(jnp.dtype(dtype))
+    bias = rng.normal(size=[x.shape[dimension] for dimension in dimensions]).astype(jnp.dtype(dtype))
+    weights = rng.normal(size=x.shape).astype(jnp.dtype(dtype))
+    found, value = jax.jit(jax.value_and_grad(lambda bias: (add_bias(x, bias, dimensions) * weights).sum()))(bias)[::-1]
+    others = tuple(set(range(x.ndim)) - set(dimensions))
+    expected = weights.astype(np.float64).sum(others)
+    assert found.dtype == bias.dtype and np.isfinite(value)
+    # Added up in float32, of bfloat16 too, and rounded once.
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-5, rtol=2**-8 if dtype == "bfloat16" else 1e-5)
+
+
+def test_the_hardware_generator_gives_each_device_bits_of_its_own():
+    with jax.set_mesh(make_mesh(ShardingConfig())):
+        x = jax.device_put(np.ones((16, 64, 64), np.float32), jax.P(ROWS))
+        step = jax.jit(lambda x, key: dropout(x, 0.3, key)).lower(x, jax.random.key(0, impl="rbg")).compile()
+        kept = np.asarray(step(x, jax.random.key(0, impl="rbg"))) > 0
+    drawn = re.findall(r"u\d+\[([\d,]*)\]\S* (?:rng-bit-generator|get-tuple-element)\(", step.as_text())
+    assert drawn and all(math.prod(map(int, shape.split(","))) <= 2 * 64 * 64 for shape in drawn if shape)
+    assert abs(kept.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / kept.size)
+    assert len(np.unique(kept.reshape(16, -1), axis=0)) == 16
 
 
 # Parameters.

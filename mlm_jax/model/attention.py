@@ -13,17 +13,20 @@ from flax import nnx
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.errors import UserError
-from mlm_jax.model.layers import along, dropout, parameter, weight_init
-from mlm_jax.sharding import ROWS, SHARDING
+from mlm_jax.model.layers import add_bias, dropout, parameter, weight_init
+from mlm_jax.sharding import SHARDING
 
 logger = logging.getLogger(__name__)
+
+
+KERNEL_RESULTS = "attention"  # the name under which rematerialisation may keep them
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention with biases.
 
-    For a kernel the projections go straight into its [B, H, L, K] layout. For XLA's own attention they are plain matrix
-    products with heads and head dimension as one: XLA:CPU otherwise transposes every weight before it multiplies.
+    For a kernel the projections go straight into its layout. For XLA's own attention they are plain matrix products with
+    heads and head dimension as one: XLA:CPU otherwise transposes every weight before it multiplies.
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -43,14 +46,17 @@ class Attention(nnx.Module):
     def __call__(
         self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None, implementation: str
     ) -> jax.Array:
+        if implementation == "splash":
+            return self._by_splash(hidden_BLD, segment_ids_BL)
+
         def project(kernel: nnx.Param[jax.Array], bias: nnx.Param[jax.Array]) -> jax.Array:
             kernel_DHK, bias_HK = kernel[...], bias[...]
-            if implementation != "xla":
+            if implementation == "cudnn":
                 heads_BHLK = jnp.einsum("BLD,DHK->BHLK", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
-                return heads_BHLK + along(bias_HK, heads_BHLK, 1, 3)
+                return add_bias(heads_BHLK, bias_HK, (1, 3))
             flat_DF = _merge_heads(kernel_DHK, 1)
             flat_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, flat_DF, out_sharding=SHARDING.mlp_BLF)
-            flat_BLF += along(_merge_heads(bias_HK, 0), flat_BLF, 2)
+            flat_BLF = add_bias(flat_BLF, _merge_heads(bias_HK, 0), (2,))
             shape_BLHK = (*hidden_BLD.shape[:2], *bias_HK.shape)
             return jnp.reshape(flat_BLF, shape_BLHK, out_sharding=SHARDING.heads_BLHK).swapaxes(1, 2)
 
@@ -67,14 +73,35 @@ class Attention(nnx.Module):
             dropout_key=key,
         )
         output_HKD = self.output_HKD[...]
-        if implementation != "xla":
+        if implementation == "cudnn":
             out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
         else:
             flat_FD = _merge_heads(output_HKD, 0)
             shape_BLF = (*hidden_BLD.shape[:2], flat_FD.shape[0])
             flat_BLF = jnp.reshape(mixed_BHLK.swapaxes(1, 2), shape_BLF, out_sharding=SHARDING.mlp_BLF)
             out_BLD = jnp.einsum("BLF,FD->BLD", flat_BLF, flat_FD, out_sharding=SHARDING.hidden_BLD)
-        return out_BLD + along(self.output_bias_D[...], out_BLD, 2)
+        return add_bias(out_BLD, self.output_bias_D[...], (2,))
+
+    def _by_splash(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """The same with fewer passes over activations, as a TPU needs it.
+
+        Heads are projected with the length as the last dimension: of 128 lanes, a head of 64 would leave half idle. The
+        bias of keys adds the same to all scores of a query, which softmax takes away again, so it is left out. That of
+        values passes through the weights, which sum to one, and is added after the output projection.
+        """
+
+        def project(kernel_DHK: jax.Array) -> jax.Array:
+            return jnp.einsum("BLD,DHK->BHKL", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
+
+        scale = self.cfg.head_dim**-0.5
+        query_BHKL = add_bias(project(self.query_DHK[...] * scale), self.query_bias_HK[...] * scale, (1, 2))
+        key_BHKL, value_BHKL = project(self.key_DHK[...]), project(self.value_DHK[...])
+        with jax.named_scope("attention_core"):
+            mixed_BHLK = _splash(*(x.swapaxes(2, 3) for x in (query_BHKL, key_BHKL, value_BHKL)), segment_ids_BL)
+        output_HKD, value_bias_HK = self.output_HKD[...], self.value_bias_HK[...]
+        out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
+        value_bias_D = (jax.lax.broadcast_in_dim(value_bias_HK, output_HKD.shape, (0, 1)) * output_HKD).sum((0, 1))
+        return add_bias(out_BLD, self.output_bias_D[...] + value_bias_D, (2,))
 
 
 def _merge_heads(param: jax.Array, axis: int) -> jax.Array:
@@ -102,7 +129,7 @@ def attend(
     """
     with jax.named_scope("attention_core"):
         if implementation == "splash":
-            return _splash(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL)
+            return _splash(query_BHLK * query_BHLK.shape[-1] ** -0.5, key_BHMK, value_BHMK, segment_ids_BL)
         if implementation == "cudnn":
             return _cudnn(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL)
         return _xla(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL, dropout_rate, dropout_key)
@@ -175,11 +202,22 @@ def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, s
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length, head_dim = query_BHLK.shape[2:]
+    length = query_BHLK.shape[2]
+    block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+    by_length = splash.QKVLayout.SEQ_MINOR
+    blocks = splash.BlockSizes(
+        **{f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")},
+        use_fused_bwd_kernel=True,  # computes the scores once for all three gradients
+        q_layout=by_length,
+        k_layout=by_length,
+        v_layout=by_length,
+    )
 
     def rows(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segments_BL: jax.Array) -> jax.Array:
         full = masks.MultiHeadMask([masks.FullMask((length, length))] * query_BHLK.shape[1])
-        kernel = splash.make_splash_mha(full, head_shards=1, q_seq_shards=1)
+        kernel = splash.make_splash_mha(
+            full, head_shards=1, q_seq_shards=1, block_sizes=blocks, residual_checkpoint_name=KERNEL_RESULTS
+        )
 
         def row(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
             return kernel(query, key, value, segment_ids=splash.SegmentIds(q=segments, kv=segments))
@@ -188,6 +226,6 @@ def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, s
 
     heads = SHARDING.heads_BHLK
     sharded = functools.partial(
-        jax.shard_map, in_specs=(heads, heads, heads, jax.P(ROWS, None)), out_specs=heads, check_vma=False
+        jax.shard_map, in_specs=(heads, heads, heads, SHARDING.tokens_BL), out_specs=heads, check_vma=False
     )
-    return sharded(rows)(query_BHLK * head_dim**-0.5, key_BHMK, value_BHMK, segment_ids_BL)
+    return sharded(rows)(query_BHLK, key_BHMK, value_BHMK, jax.reshard(segment_ids_BL, SHARDING.tokens_BL))

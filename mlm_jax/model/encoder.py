@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax.config import ComputeConfig, ModelConfig
-from mlm_jax.model.attention import Attention, choose_implementation
+from mlm_jax.model.attention import KERNEL_RESULTS, Attention, choose_implementation
 from mlm_jax.model.embeddings import Embeddings, segment_positions
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, along, dropout, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, dropout, parameter, weight_init
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 
 
@@ -53,9 +53,9 @@ class Mlp(nnx.Module):
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
         up_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, self.up_DF[...], out_sharding=SHARDING.mlp_BLF)
-        up_BLF = ACTIVATIONS[self.activation](up_BLF + along(self.up_bias_F[...], up_BLF, 2))
+        up_BLF = ACTIVATIONS[self.activation](add_bias(up_BLF, self.up_bias_F[...], (2,)))
         out_BLD = jnp.einsum("BLF,FD->BLD", up_BLF, self.down_FD[...], out_sharding=SHARDING.hidden_BLD)
-        return out_BLD + along(self.down_bias_D[...], out_BLD, 2)
+        return add_bias(out_BLD, self.down_bias_D[...], (2,))
 
 
 class Block(nnx.Module):
@@ -160,7 +160,11 @@ def _rematerialise(apply, policy: str, *, prevent_cse: bool):  # type: ignore[no
     if policy == "none":
         return apply
     saveable = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # A kernel's results are no dots; recomputing them would cost a third of attention.
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(KERNEL_RESULTS),
+        ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]
     return functools.partial(jax.checkpoint, policy=saveable, prevent_cse=prevent_cse)(apply)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax.config import ModelConfig
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, along, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, parameter, weight_init
 from mlm_jax.sharding import SHARDING
 
 
@@ -34,7 +34,7 @@ class MaskedLanguageHead(nnx.Module):
         """Logits [B, P, V] in float32, sharded over the vocabulary where the mesh has a tensor axis."""
         with jax.named_scope("head"):
             x_BPD = jnp.einsum("BPD,DE->BPE", hidden_BPD, self.transform_DD[...], out_sharding=SHARDING.hidden_BLD)
-            x_BPD = ACTIVATIONS[self.cfg.activation](x_BPD + along(self.transform_bias_D[...], x_BPD, 2))
+            x_BPD = ACTIVATIONS[self.cfg.activation](add_bias(x_BPD, self.transform_bias_D[...], (2,)))
             x_BPD = self.norm(x_BPD)
             decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
             logits_BPV = jnp.einsum(
@@ -44,4 +44,4 @@ class MaskedLanguageHead(nnx.Module):
                 out_sharding=SHARDING.logits_BPV,
                 preferred_element_type=jnp.float32,
             )
-            return logits_BPV + along(self.output_bias_V[...].astype(jnp.float32), logits_BPV, 2)
+            return add_bias(logits_BPV, self.output_bias_V[...].astype(jnp.float32), (2,))
