@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,21 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = _parse(list(sys.argv[1:] if arguments is None else arguments))
         result = options.run(options, overrides)
-    except UserError as error:
-        return _fail(2, str(error))
-    except MachineError as error:
-        return _fail(1, str(error))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return _fail(1, f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept")
-        raise
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+    except (Exception, KeyboardInterrupt) as error:
+        status = _tell(error)
+        if status is None:
+            raise
+        return status
     if isinstance(result, int):
         return result
     if options.json and result is not None:
         print(json.dumps(result))
     return 0
+
+
+def _tell(error: BaseException) -> int | None:
+    """Tells an error that is the user's or the machine's in one message and returns the status; None for any other."""
+    if isinstance(error, UserError):
+        return _fail(2, str(error))
+    if isinstance(error, MachineError):
+        return _fail(1, str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return _fail(1, f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept")
+    if isinstance(error, KeyboardInterrupt):
+        return _fail(130, "interrupted")
+    return None
 
 
 def _fail(status: int, message: str) -> int:
@@ -138,29 +147,71 @@ def _declare_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="a prepared corpus, made when missing; default: data/ in the workdir")
     parser.add_argument("--workers", type=int, help="processes for preparation; default: one a core")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into the workdir's profile/")
+    several = parser.add_argument_group(
+        "several processes",
+        "One run over many hosts: start the same command on each. Under srun, mpirun and on TPU slices nothing more is "
+        "needed; elsewhere give these, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many take part")
+    several.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0 to N - 1")
+    several.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="insist that the environment describes the processes, or that this one is alone",
+    )
+    several.add_argument(
+        "--coordinator-timeout", type=float, default=300.0, metavar="SECONDS", help="to wait for the others (default 300)"
+    )
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> Result | int:
+    from mlm_jax import distributed
     from mlm_jax.config import load_config
 
     cfg = load_config(options.config, overrides)  # before JAX is imported: a mistake is told at once
-    from mlm_jax.train import loop
+    steps = _profiled_steps(options.profile)
+    cluster = distributed.find_cluster(
+        os.environ,
+        coordinator=options.coordinator,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
+        wanted=options.distributed,
+    )
+    peers = distributed.join(cluster, cfg, options.workdir, options.coordinator_timeout) if cluster else distributed.Peers()
+    with peers.ending_at_once(_tell_any), _device_errors():
+        from mlm_jax.train import loop
 
-    profile = None
-    if options.profile is not None:
-        first, separator, last = options.profile.partition(":")
-        if not (separator and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
-            raise UserError(f"--profile={options.profile} is not FIRST:LAST, two steps like 20:22")
-        profile = loop.Profile(int(first), int(last))
-    try:
-        with _device_errors():
-            loop.train(cfg, options.workdir, data_dir=options.data, workers=options.workers, profile=profile)
-    except loop.Stop as stop:
-        return _fail(
-            128 + stop.signal_number,
-            f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues",
-        )
-    return {"workdir": str(options.workdir), "step": cfg.total_steps}
+        peers.initialize_jax()
+        profile = loop.Profile(*steps) if steps else None
+        try:
+            loop.train(cfg, options.workdir, data_dir=options.data, workers=options.workers, profile=profile, peers=peers)
+        except loop.Stop as stop:
+            return _fail(
+                128 + stop.signal_number,
+                f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues",
+            )
+    return {"workdir": str(options.workdir), "step": cfg.total_steps} if peers.is_primary else None
+
+
+def _profiled_steps(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, separator, last = text.partition(":")
+    if not (separator and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise UserError(f"--profile={text} is not FIRST:LAST, two steps like 20:22")
+    return int(first), int(last)
+
+
+def _tell_any(error: BaseException) -> int:
+    """Tells any error; for one that has no message of its own, its traceback."""
+    status = _tell(error)
+    if status is None:
+        from mlm_jax.distributed import UNEXPECTED
+
+        traceback.print_exception(error)
+        return UNEXPECTED
+    return status
 
 
 def _declare_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.objectives import Objective
-from mlm_jax.sharding import ROWS, row_ways
+from mlm_jax.sharding import ROWS, place, row_ways
 
 Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "probability": float}
 
@@ -52,9 +52,8 @@ class Filler:
             tokens[row, : len(ids)] = ids
             segments[row, : len(ids)] = 1
             positions[row, : len(masks[row])] = masks[row]
-        sharding = jax.NamedSharding(mesh, jax.P(ROWS))
-        arrays = (jax.device_put(array, sharding) for array in (tokens, segments, positions))
-        hidden_V = jax.device_put(self._is_hidden_V, jax.NamedSharding(mesh, jax.P()))
+        arrays = place((tokens, segments, positions), jax.P(ROWS))
+        hidden_V = place(self._is_hidden_V, jax.P())
         probabilities, ids_BPK = jax.device_get(self._predict(params, hidden_V, *arrays, top_k=top_k))
         return [
             [
@@ -90,7 +89,8 @@ class Filler:
         ) -> tuple[jax.Array, jax.Array]:
             logits_BPV = self._objective.logits(params, tokens_BL, segment_ids_BL, positions_BP)
             probabilities_BPV = jax.nn.softmax(jax.reshard(logits_BPV, jax.P(ROWS, None, None)), axis=-1)
-            return jax.lax.top_k(jnp.where(is_hidden_V[None, None], -1.0, probabilities_BPV), top_k)
+            best = jax.lax.top_k(jnp.where(is_hidden_V[None, None], -1.0, probabilities_BPV), top_k)
+            return jax.reshard(best, jax.P())  # every process reads all of it
 
         return predict
 

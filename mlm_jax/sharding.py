@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 
 from mlm_jax.config import ModelConfig, ShardingConfig, StageConfig
@@ -171,3 +172,14 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process's devices hold, ascending."""
     slices = jax.NamedSharding(mesh, jax.P(ROWS)).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in slices if index is not None for row in range(*index[0].indices(batch_size))})
+
+
+def place(tree: Any, spec: jax.P) -> Any:
+    """Host arrays, the same in every process, on the current mesh; a process keeps what its own devices hold."""
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+
+    def put(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)

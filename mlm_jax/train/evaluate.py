@@ -13,7 +13,7 @@ from mlm_jax.masking import VocabTables
 from mlm_jax.objectives import Batch, Keys, Objective, Params, Term
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.scoring import score_targets
-from mlm_jax.sharding import ROWS, row_ways
+from mlm_jax.sharding import ROWS, place, row_ways
 
 EvalStep = Callable[[Params, Batch, VocabTables, jax.Array], dict[str, Term]]
 
@@ -86,7 +86,6 @@ def _batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str,
     mesh = jax.sharding.get_mesh()
     ways = row_ways(mesh)
     batch_size = -(-batch_size // ways) * ways
-    sharding = jax.NamedSharding(mesh, jax.P(ROWS))
     count = len(rows["tokens"])
     for start in range(0, count, batch_size):
         ids = np.arange(start, start + batch_size, dtype=np.int32)
@@ -97,4 +96,4 @@ def _batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str,
             "example_ids": ids,
             "epochs": np.zeros(batch_size, np.int32),
         }
-        yield {name: jax.device_put(array, sharding) for name, array in batch.items()}
+        yield place(batch, jax.P(ROWS))

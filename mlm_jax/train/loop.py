@@ -13,20 +13,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
-from mlm_jax.data.corpus import Corpus
-from mlm_jax.data.loader import Rows, batches
+from mlm_jax.data.corpus import Corpus, open_corpus
+from mlm_jax.data.loader import Rows
 from mlm_jax.data.prepare import prepare
-from mlm_jax.errors import MachineError
+from mlm_jax.distributed import Peers
+from mlm_jax.errors import MachineError, UserError
 from mlm_jax.fill_mask import Filler
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
-from mlm_jax.sharding import ROWS, check_batch, check_model, local_rows, make_mesh
+from mlm_jax.sharding import check_batch, check_model, make_mesh, place
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
+from mlm_jax.train.feed import device_batches
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step
@@ -59,29 +62,58 @@ def train(
     data_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     profile: Profile | None = None,
+    peers: Peers | None = None,
 ) -> None:
     """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
 
     Args:
         data_dir: the prepared corpus; made there when missing. Default: `data/` in the workdir.
         workers: processes for preparation; default one a core.
+        peers: the other processes of this run, which call this at the same time with the same arguments; none when None.
 
     Raises:
         UserError: the config does not fit the machine, the corpus, or the run in the workdir.
         MachineError: the loss stopped being finite, or a file could not be written.
-        Stop: SIGTERM or SIGINT arrived; the state was saved first.
+        Stop: SIGTERM or SIGINT arrived, here or at a peer; the state was saved first.
     """
+    peers = peers or Peers()
+    if jax.process_count() != peers.count:
+        raise UserError(
+            f"JAX has found {jax.process_count()} processes, and this one knows of {peers.count}: start all with "
+            "--distributed, or with --coordinator, --num-processes and --process-id"
+        )
     mesh = make_mesh(cfg.sharding)
     check_model(cfg.model, mesh)
     for index, stage in enumerate(cfg.stages):
         check_batch(stage, mesh, f"stages[{index}]")
     workdir = Workdir(workdir_path)
-    with workdir.lock():
+    with contextlib.ExitStack() as stack:
+        if peers.is_primary:
+            stack.enter_context(workdir.lock())
+        corpus = _open(cfg, workdir, data_dir or workdir.default_data, workers, peers)
+        stack.enter_context(jax.set_mesh(mesh))
+        # The signals of several processes go to their supervisors, and from there to JAX's pre-emption service.
+        received = stack.enter_context(_signals()) if peers.count == 1 else []
+        _Run(cfg, workdir, corpus, mesh, profile, received, is_primary=peers.is_primary).train()
+
+
+def _open(cfg: Config, workdir: Workdir, data_dir: str | os.PathLike[str], workers: int | None, peers: Peers) -> Corpus:
+    """The primary makes what is missing of the workdir and the corpus; the others wait for it and open them."""
+    if peers.is_primary:
         workdir.open_for_training(cfg)
-        corpus = prepare(cfg, data_dir or workdir.default_data, workers)
+        corpus = prepare(cfg, data_dir, workers)
         workdir.write_language(corpus.tokenizer, corpus.unigrams)
-        with jax.set_mesh(mesh), _signals() as received:
-            _Run(cfg, workdir, corpus, mesh, profile, received).train()
+        peers.announce()
+        return corpus
+    peers.wait_for_primary()
+    try:
+        workdir.read_config()
+        return open_corpus(data_dir, cfg)
+    except UserError as error:
+        raise UserError(
+            f"process {peers.index} does not see what process 0 has prepared ({error}): --workdir and --data must be on a "
+            "disk that all processes share"
+        ) from error
 
 
 class _Run:
@@ -95,14 +127,15 @@ class _Run:
         mesh: jax.sharding.Mesh,
         profile: Profile | None,
         received: list[int],
+        *,
+        is_primary: bool,
     ):
         self.cfg, self.workdir, self.corpus, self.mesh = cfg, workdir, corpus, mesh
-        self.profile, self.received = profile, received
+        self.profile, self.received, self.is_primary = profile if is_primary else None, received, is_primary
         self.compute = Compute.resolve(cfg.compute)
         self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
         self.vocab = vocab_tables(cfg, corpus.tokenizer)
-        log_unigram_V = workdir.log_unigrams(cfg.model.vocab_size)
-        self.log_unigram_V = jax.device_put(log_unigram_V, jax.NamedSharding(mesh, jax.P()))
+        self.log_unigram_V = place(workdir.log_unigrams(cfg.model.vocab_size), jax.P())
         self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
         self.objective = make_objective(cfg, self.compute)
         self.eval_step = make_eval_step(cfg, self.objective)
@@ -112,10 +145,11 @@ class _Run:
 
     def train(self) -> None:
         state, step = self._restore_or_init()
-        primary = jax.process_index() == 0
         with (
-            MetricWriter(self.workdir.path, self.cfg, step, is_primary=primary) as self.writer,
-            Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=primary) as self.progress,
+            MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
+            Progress(
+                self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary
+            ) as self.progress,
         ):
             first, position = 0, collections.Counter[int]()
             for index, stage in enumerate(self.cfg.stages):
@@ -137,7 +171,7 @@ class _Run:
         first_step = sum(earlier.steps for earlier in cfg.stages[:index])
         train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=first_step)
         validation = self._freeze_validation(stage)
-        feed = self._device_batches(stage, first, last, seen)
+        feed = device_batches(self.corpus, stage, self.mesh, seed=cfg.seed, num_steps=last - first, seen=seen)
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
         pending: tuple[int, dict[str, Any]] | None = None
         self.last_time, self.last_step, self.paused_seconds = time.perf_counter(), first, 0.0
@@ -155,7 +189,8 @@ class _Run:
                 pending = (step, metrics)
             evaluating = step == last or (cfg.evaluation.every > 0 and step % cfg.evaluation.every == 0)
             saving = step == last or step % cfg.train.checkpoint_every == 0
-            if not (evaluating or saving or self.received):
+            stopping = self._is_time_to_stop(step)
+            if not (evaluating or saving or stopping):
                 continue
             # What a checkpoint's step has logged must be on disk before the checkpoint is.
             if pending is not None:
@@ -165,12 +200,16 @@ class _Run:
                 self._refuse_nonfinite(step, jax.device_get(metrics["nonfinite"]))
                 if evaluating:
                     self._evaluate(step, state, validation)
-                if saving or self.received:
-                    self.checkpoints.save(state, step, wait=bool(self.received) or step == cfg.total_steps)
-            if self.received and step < cfg.total_steps:
+                if saving or stopping:
+                    self.checkpoints.save(state, step, wait=stopping or step == cfg.total_steps)
+            if stopping and step < cfg.total_steps:
                 self.checkpoints.close()
-                raise Stop(self.received[0], step)
+                raise Stop(self.received[0] if self.received else signal.SIGTERM, step)
         return state
+
+    def _is_time_to_stop(self, step: int) -> bool:
+        """Whether a signal came to this process or, agreed on with all others for this very step, to any of them."""
+        return bool(self.received) or reached_preemption_sync_point(step)
 
     def _restore_or_init(self) -> tuple[TrainState, int]:
         names = self.objective.loss_names + self.objective.metric_names
@@ -198,28 +237,9 @@ class _Run:
     def _freeze_validation(self, stage: StageConfig) -> dict[str, np.ndarray]:
         rows = Rows(self.corpus.path, stage.seq_len, "validation")
         frozen = rows.read(range(min(len(rows), self.cfg.evaluation.max_rows)))
-        self.workdir.write_validation(stage.seq_len, frozen)
+        if self.is_primary:
+            self.workdir.write_validation(stage.seq_len, frozen)
         return frozen
-
-    def _device_batches(self, stage: StageConfig, first: int, last: int, seen: int) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on their devices, two ahead of the step."""
-        rows = Rows(self.corpus.path, stage.seq_len, "train")
-        host_batches = batches(
-            rows,
-            batch_size=stage.batch_size,
-            start_step=0,
-            num_steps=last - first,
-            first_position=seen,
-            seed=self.cfg.seed,
-            local_rows=local_rows(self.mesh, stage.batch_size),
-        )
-        sharding = jax.NamedSharding(self.mesh, jax.P(ROWS))
-        ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
-        for host in host_batches:
-            ahead.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in host.items()})
-            if len(ahead) > 2:
-                yield ahead.popleft()
-        yield from ahead
 
     def _log(self, stage_index: int, step: int, metrics: dict[str, Any]) -> None:
         metrics = jax.device_get(metrics)
@@ -313,7 +333,8 @@ def vocab_tables(cfg: Config, tokenizer: Any) -> VocabTables:
         word_starts=tokenizer.word_starts(),
         vocab_size=cfg.model.vocab_size,
     )
-    return jax.device_put(tables, jax.NamedSharding(jax.sharding.get_mesh(), jax.P()))
+    replicated: VocabTables = place(tables, jax.P())
+    return replicated
 
 
 @contextlib.contextmanager

@@ -1,0 +1,169 @@
+"""JSON messages over a socket, one a line, and the roll call that connects the processes of a run through process 0."""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mlm_jax.distributed.cluster import Cluster
+from mlm_jax.errors import MachineError, UserError
+
+Message = dict[str, Any]
+SILENCE_SECONDS = 30  # after which a host that does not answer any more counts as gone
+
+
+class Channel:
+    """One connection; reading never blocks unless asked to."""
+
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self._received = b""
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # Names of Linux; elsewhere the system's own times apply.
+            for option, seconds in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+                if hasattr(socket, option):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, message: Message) -> None:
+        """Sends a message; that the other side is gone is seen when reading."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> tuple[list[Message], bool]:
+        """What has come since, and whether the other side is still there. Blocks where nothing has come."""
+        try:
+            content = self.socket.recv(65536)
+        except OSError:
+            content = b""
+        *lines, self._received = (self._received + content).split(b"\n")
+        return [json.loads(line) for line in lines], bool(content)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def gather(cluster: Cluster, greeting: Message, timeout: float) -> dict[int, tuple[Channel, Message]]:
+    """Process 0's side of the roll call: listens until every other process has called.
+
+    Returns:
+        By process id: the channel and the greeting that came over it.
+
+    Raises:
+        UserError: two processes have the same id or disagree; all that have called are told.
+        MachineError: some have not called in time; the others are told.
+    """
+    deadline = time.monotonic() + timeout
+    port = int(cluster.coordinator.rpartition(":")[2])
+    called: dict[int, tuple[Channel, Message]] = {}
+    try:
+        try:
+            six = cluster.coordinator.startswith("[")
+            family = socket.AF_INET6 if six else socket.AF_INET
+            listener = socket.create_server(("", port), family=family, dualstack_ipv6=six, backlog=cluster.num_processes)
+        except OSError as error:
+            raise MachineError(
+                f"cannot listen on port {port} of --coordinator={cluster.coordinator}: {error.strerror}. Is another run's "
+                "or this run's process 0 on this machine? Choose another port for all processes, or another --process-id"
+            ) from error
+        with listener:
+            while len(called) < cluster.num_processes - 1:
+                listener.settimeout(max(deadline - time.monotonic(), 0.01))
+                connection, _ = listener.accept()
+                connection.settimeout(5)
+                channel = Channel(connection)
+                messages, _ = channel.receive()
+                connection.settimeout(None)
+                if not messages or not {"process", *greeting} <= messages[0].keys():
+                    channel.close()  # not one of ours: a port scanner, a health check
+                    continue
+                _admit(cluster, greeting, called, channel, messages[0])
+    except TimeoutError:
+        absent = sorted(set(range(1, cluster.num_processes)) - called.keys())
+        late = MachineError(
+            f"{_names(absent)} of {cluster.num_processes} did not come within {timeout:g} s: see their logs, and "
+            f"whether they can reach {cluster.coordinator}"
+        )
+        _refuse(called, late)
+        raise late from None
+    except UserError as error:
+        _refuse(called, error)
+        raise
+    return called
+
+
+def _admit(
+    cluster: Cluster, greeting: Message, called: dict[int, tuple[Channel, Message]], channel: Channel, message: Message
+) -> None:
+    process, host = message["process"], message["host"]
+    twin = greeting if process == 0 else called.get(process, (channel, None))[1]
+    called[-1 if twin is not None else process] = channel, message  # told of an error like the others
+    if twin is not None:
+        raise UserError(
+            f"two processes have --process-id={process}, on {twin['host']} and {host}: give each of the "
+            f"{cluster.num_processes} its own, from 0 to {cluster.num_processes - 1}"
+        )
+    for name, text in (("num_processes", "--num-processes"), ("config", "config"), ("workdir", "--workdir")):
+        if message[name] != greeting[name]:
+            values = "" if name == "config" else f" ({greeting[name]} and {message[name]})"
+            raise UserError(
+                f"process 0 and process {process} were started with another {text}{values}: give all the same command, "
+                "but for --process-id"
+            )
+
+
+def _refuse(called: dict[int, tuple[Channel, Message]], error: UserError | MachineError) -> None:
+    for channel, _ in called.values():
+        channel.send({"refused": str(error), "status": 2 if isinstance(error, UserError) else 1})
+        channel.close()
+
+
+def call(cluster: Cluster, greeting: Message, timeout: float) -> tuple[Channel, Message]:
+    """Another process's side of the roll call: connects to process 0 and waits until all have.
+
+    Returns:
+        The channel, and what process 0 says once all have called.
+
+    Raises:
+        MachineError: process 0 could not be reached in time, or ended.
+        UserError: process 0 refuses this run.
+    """
+    host, _, port = cluster.coordinator.rpartition(":")
+    deadline, reason = time.monotonic() + timeout, "timed out"
+    while True:
+        try:
+            connection = socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=max(deadline - time.monotonic(), 0.01)
+            )
+            break
+        except OSError as error:
+            reason = error.strerror or str(error) or reason
+        if time.monotonic() > deadline:
+            raise MachineError(
+                f"process {cluster.process_id} could not reach process 0 at --coordinator={cluster.coordinator} within "
+                f"{timeout:g} s ({reason}): is it running there, and is the port open?"
+            )
+        time.sleep(0.2)
+    channel = Channel(connection)
+    channel.send({"process": cluster.process_id, **greeting})
+    # Process 0 gives up by the same time limit, which began at its own start; it is the one to say who is missing.
+    connection.settimeout(timeout + 10)
+    messages, _ = channel.receive()
+    connection.settimeout(None)
+    if not messages:
+        raise MachineError(f"process 0 at {cluster.coordinator} ended before all {cluster.num_processes} processes had come")
+    if "refused" in messages[0]:
+        kind = UserError if messages[0]["status"] == 2 else MachineError
+        raise kind(f"refused by process 0: {messages[0]['refused']}")
+    return channel, messages[0]
+
+
+def _names(processes: Sequence[int]) -> str:
+    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))}"

@@ -1,0 +1,335 @@
+"""One small process beside each worker of a run: it starts it, passes signals on, and ends all when one has failed.
+
+JAX's own answer to the death of a process is that the others hang in a collective until a heartbeat is missed, or abort
+with the runtime's stack trace. The supervisors hold a connection to that of process 0, which closes when a machine or
+process dies, agree on whose failure was the first, and tell that one.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from mlm_jax.config import Config, to_dict
+from mlm_jax.distributed.channel import Channel, Message, call, gather
+from mlm_jax.distributed.cluster import Cluster
+
+log = logging.getLogger(__name__)
+
+UNEXPECTED = 70  # a worker's status after an exception that is neither the user's nor the machine's
+STOPPED = 128 + signal.SIGTERM  # a worker's status when all have saved and stopped because of a signal
+# A failure here makes others fail elsewhere: reports are collected for so long before one is called the cause.
+SETTLE_SECONDS = 1.5
+
+
+class Peers:
+    """What a worker knows of the run's processes; of itself alone where there is no cluster."""
+
+    def __init__(self, membership: "_Membership | None" = None):
+        self._membership = membership
+        self.count = 1 if membership is None else membership.cluster.num_processes
+        self.index = 0 if membership is None else membership.cluster.process_id
+        self.is_primary = self.index == 0
+        self._primary_is_ready = threading.Event()
+        if membership is not None:
+            threading.Thread(target=self._listen, args=(membership.control,), daemon=True).start()
+
+    def initialize_jax(self) -> None:
+        """Connects this process's JAX with the others'; must come before any device is touched."""
+        if self._membership is None:
+            return
+        import jax  # the supervisor does without
+
+        cluster = self._membership.cluster
+        jax.distributed.initialize(
+            self._membership.address,
+            cluster.num_processes,
+            cluster.process_id,
+            local_device_ids=None if "JAX_LOCAL_DEVICE_IDS" in os.environ else cluster.local_devices,
+            cluster_detection_method="deactivate",
+        )
+
+    def _listen(self, control: Channel) -> None:
+        while True:
+            messages, is_open = control.receive()
+            if any("ready" in message for message in messages):
+                self._primary_is_ready.set()
+            if not is_open:  # the supervisor was killed: without it the others would count this process as dead
+                os._exit(1)
+
+    def announce(self) -> None:
+        """Tells the other processes that what the primary prepares is there."""
+        if self._membership is not None:
+            self._membership.control.send({"ready": True})
+
+    def wait_for_primary(self) -> None:
+        """Waits until the primary has announced, however long that takes: if it fails, this process is ended."""
+        self._primary_is_ready.wait()
+
+    @contextlib.contextmanager
+    def ending_at_once(self, report: Callable[[BaseException], int]) -> Iterator[None]:
+        """Ends this process as soon as the block fails, without waiting for others that will never come.
+
+        What it says goes through its supervisor, which shows it unless another process's failure was the cause.
+
+        Args:
+            report: tells an error on sys.stderr and returns the exit status.
+        """
+        if self._membership is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            with os.fdopen(self._membership.native_stderr, "w") as sys.stderr:
+                status = report(error)
+            os._exit(status)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Membership:
+    """A worker's ends of its connections."""
+
+    cluster: Cluster
+    address: str  # HOST:PORT of JAX's own coordination service, which the worker of process 0 starts
+    control: Channel  # to the supervisor
+    native_stderr: int  # file descriptor; the supervisor reads it
+
+
+def join(cluster: Cluster, cfg: Config, workdir: str, timeout: float) -> Peers:
+    """Meets the other processes, then forks: returns in the worker, and exits in the supervisor when all is over.
+
+    Args:
+        cfg: the run's, which must be the same in all processes, as must be `workdir`.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        UserError: the processes disagree.
+        MachineError: they did not all come in time.
+        SystemExit: in the supervisor.
+    """
+    greeting = {
+        "host": socket.gethostname(),
+        "num_processes": cluster.num_processes,
+        "config": to_dict(cfg),
+        "workdir": workdir,
+    }
+    channels: dict[int, Channel] = {}
+    hosts = {cluster.process_id: socket.gethostname()}
+    if cluster.process_id == 0:
+        called = gather(cluster, greeting, timeout)
+        port = _free_port()
+        for process, (channel, message) in called.items():
+            channels[process], hosts[process] = channel, message["host"]
+            channel.send({"port": port})
+    else:
+        channels[0], welcome = call(cluster, greeting, timeout)
+        hosts[0] = cluster.coordinator.rpartition(":")[0]
+        port = welcome["port"]
+    address = f"{cluster.coordinator.rpartition(':')[0]}:{port}"
+    ours, theirs = socket.socketpair()
+    native, write_end = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    worker = os.fork()
+    if worker == 0:
+        for channel in channels.values():
+            channel.close()
+        ours.close()
+        os.close(native)
+        os.setsid()  # a terminal's Ctrl-C reaches the supervisor alone, which tells the worker once
+        _divert_native_stderr(write_end)
+        return Peers(_Membership(cluster, address, Channel(theirs), write_end))
+    theirs.close()
+    os.close(write_end)
+    sys.exit(_Supervisor(cluster, channels, hosts, worker, Channel(ours), native).run())
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _divert_native_stderr(write_end: int) -> None:
+    """Gives what libraries write to file descriptor 2 to the supervisor; Python's own stderr goes where it went."""
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
+            handler.setStream(terminal)
+    sys.stderr = terminal
+    os.dup2(write_end, 2)
+
+
+class _Supervisor:
+    """The loop of one supervisor: messages of its worker and of the others, signals, and the worker's end."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        channels: dict[int, Channel],
+        hosts: dict[int, str],
+        worker: int,
+        control: Channel,
+        native: int,
+    ):
+        self.cluster, self.channels, self.hosts, self.worker, self.control = cluster, channels, hosts, worker, control
+        self.index, self.native = cluster.process_id, native
+        self.own_status: int | None = None
+        self.finished: set[int] = set()  # processes that have come to a good end, known to process 0
+        self.failures: list[Message] = []
+        self.verdict: Message | None = None
+        self.decide_at = float("inf")
+        self.signals_seen = 0
+        self.is_prepared = False
+        self.said: list[tuple[float, bytes]] = []  # the runtime's own lines, held back for a moment
+        self.selector = selectors.DefaultSelector()
+
+    def run(self) -> int:
+        """Returns the exit status once every process has ended."""
+        wakeup, woken = socket.socketpair()
+        for end in (wakeup, woken):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # the number arrives over the wake-up socket
+        self.selector.register(woken, selectors.EVENT_READ, lambda: self._on_signals(woken.recv(64)))
+        self.selector.register(self.control, selectors.EVENT_READ, self._on_worker)
+        self.selector.register(self.native, selectors.EVENT_READ, self._on_native)
+        for process, channel in self.channels.items():
+            self.selector.register(channel, selectors.EVENT_READ, lambda process=process: self._on_peer(process))
+        while self.verdict is None and not self._is_over():
+            for key, _ in self.selector.select(timeout=0.5):
+                key.data()
+            self._relay(before=time.monotonic() - 2 * SETTLE_SECONDS)
+            if time.monotonic() >= self.decide_at:
+                self._decide()
+        return self._end()
+
+    def _is_over(self) -> bool:
+        """All have come to a good end. Process 0 stays until then, because its end would look like a failure."""
+        if self.own_status is None:
+            return False
+        return self.index != 0 or len(self.finished) == self.cluster.num_processes
+
+    def _on_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            self.signals_seen += 1
+            if self.signals_seen == 1 and self.is_prepared:
+                os.kill(self.worker, signal.SIGTERM)  # JAX's pre-emption service takes it from there
+            else:
+                when = "before the first step" if self.signals_seen == 1 else "twice; what was saved before is kept"
+                self._fail(128 + number, f"stopped by signal {number} {when}; the same command continues", rank=0)
+
+    def _on_native(self) -> None:
+        content = os.read(self.native, 65536)
+        if content:
+            self.said.append((time.monotonic(), content))
+        else:
+            self.selector.unregister(self.native)
+
+    def _relay(self, before: float) -> None:
+        while self.said and self.said[0][0] <= before:
+            os.write(2, self.said.pop(0)[1])
+
+    def _on_worker(self) -> None:
+        messages, is_open = self.control.receive()
+        for message in messages:
+            self._on_ready(message)
+        if is_open:
+            return
+        self.selector.unregister(self.control)
+        _, status = os.waitpid(self.worker, 0)
+        self.own_status = os.waitstatus_to_exitcode(status)
+        if self.own_status in (0, STOPPED):
+            self._to_all({"finished": self.index})
+            self.finished.add(self.index)
+        elif self.own_status > 0:
+            self._fail(self.own_status, "", rank={2: 0, 1: 1}.get(self.own_status, 2))
+        else:
+            number = -self.own_status
+            # An abort is how the runtime ends a process whose peers are gone, so it may be an echo.
+            self._fail(
+                1, f"was killed by signal {number} ({signal.Signals(number).name})", rank=2 * (number == signal.SIGABRT)
+            )
+
+    def _on_ready(self, message: Message) -> None:
+        if self.index == 0:
+            self._to_all(message)
+        else:
+            self.control.send(message)
+        self.is_prepared = True
+
+    def _to_all(self, message: Message) -> None:
+        for channel in self.channels.values():
+            channel.send(message)
+
+    def _on_peer(self, process: int) -> None:
+        """A message of another supervisor: process 0 hears all of them, the others hear process 0."""
+        messages, is_open = self.channels[process].receive()
+        for message in messages:
+            if "ready" in message:
+                self._on_ready(message)
+            elif "finished" in message:
+                self.finished.add(message["finished"])
+            elif "failure" in message:
+                self._note(message["failure"])
+            elif "verdict" in message:
+                self.verdict = message["verdict"]
+        if not is_open:
+            self.selector.unregister(self.channels[process])
+            if process not in self.finished and self.verdict is None:
+                self._note(self._failure(process, 1, "died, or its machine did", rank=0))
+
+    def _failure(self, process: int, status: int, text: str, rank: int) -> Message:
+        return {"process": process, "host": self.hosts.get(process), "status": status, "text": text, "rank": rank}
+
+    def _fail(self, status: int, text: str, *, rank: int) -> None:
+        """Reports a failure of this process to process 0, which decides whose was the first."""
+        failure = self._failure(self.index, status, text, rank)
+        self._note(failure)
+        if self.index != 0:
+            self.channels[0].send({"failure": failure})
+
+    def _note(self, failure: Message) -> None:
+        self.failures.append(failure)
+        # Others wait longer for the verdict of process 0 before they take their own.
+        self.decide_at = min(self.decide_at, time.monotonic() + SETTLE_SECONDS * (1 if self.index == 0 else 2))
+
+    def _decide(self) -> None:
+        self.verdict = min(self.failures, key=lambda failure: failure["rank"])
+        self._to_all({"verdict": self.verdict})
+
+    def _end(self) -> int:
+        if self.verdict is None:
+            self._relay(before=float("inf"))
+            assert self.own_status is not None
+            return self.own_status
+        if self.own_status is None:
+            os.kill(self.worker, signal.SIGKILL)
+            os.waitpid(self.worker, 0)
+        verdict = self.verdict
+        is_own, who = verdict["process"] == self.index, f"process {verdict['process']} of {self.cluster.num_processes}"
+        if is_own:
+            while self.native in self.selector.get_map():
+                self._on_native()
+            self._relay(before=float("inf"))
+        if verdict["status"] > 128:
+            _tell(verdict["text"] if is_own else f"{who} was {verdict['text']}")
+        elif verdict["text"]:
+            host = f" on {verdict['host']}" if verdict["host"] else ""
+            _tell(f"{who}{host} {verdict['text']}; all others end. The same command, on any number of processes, continues")
+        elif not is_own:
+            log.info("%s failed; its message says why", who)
+        status: int = verdict["status"]
+        return 1 if status == UNEXPECTED else status
+
+
+def _tell(message: str) -> None:
+    print(f"mlm-jax: {message}", file=sys.stderr, flush=True)

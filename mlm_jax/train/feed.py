@@ -1,0 +1,53 @@
+"""Batches on their devices, ahead of the step that takes them; a process reads the rows that its own devices hold."""
+
+import collections
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from mlm_jax.config import StageConfig
+from mlm_jax.data.corpus import Corpus
+from mlm_jax.data.loader import Rows, batches
+from mlm_jax.sharding import ROWS, local_rows
+
+STEPS_AHEAD = 2
+
+
+def device_batches(
+    corpus: Corpus, stage: StageConfig, mesh: jax.sharding.Mesh, *, seed: int, num_steps: int, seen: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Global batches of a stage, two ahead of the step.
+
+    Args:
+        seed: of the run.
+        num_steps: batches to give.
+        seen: examples already visited at this row length.
+    """
+    mine = local_rows(mesh, stage.batch_size)
+    host_batches = batches(
+        Rows(corpus.path, stage.seq_len, "train"),
+        batch_size=stage.batch_size,
+        start_step=0,
+        num_steps=num_steps,
+        first_position=seen,
+        seed=seed,
+        local_rows=mine,
+    )
+    sharding = jax.NamedSharding(mesh, jax.P(ROWS))
+    places = {row: place for place, row in enumerate(mine)}
+
+    def put(local: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(stage.batch_size)
+            return local[places[start] : places[start] + stop - start]
+
+        return jax.make_array_from_callback((stage.batch_size, *local.shape[1:]), sharding, shard)
+
+    ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for host in host_batches:
+        ahead.append({name: put(array) for name, array in host.items()})
+        if len(ahead) > STEPS_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
