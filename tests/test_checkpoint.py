@@ -24,11 +24,6 @@ OPTIMIZER = optax.adamw(1e-3)
 SPECS = {"table_VD": jax.P("tensor", "fsdp"), "layers": {"kernel_NDF": jax.P(None, "fsdp", "tensor"), "bias_NF": jax.P()}}
 
 
-# When one array cannot be read or written, Orbax leaves the coroutines of the others behind, and Python complains of each
-# when it collects it: here, and not in a test that comes later.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 @pytest.fixture(autouse=True)
 def mesh():
     with jax.set_mesh(make_mesh(ShardingConfig(2, 2, 2))):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import selectors
 import signal
 import socket
@@ -145,7 +146,7 @@ def join(cluster: Cluster, cfg: Config, workdir: str, timeout: float) -> Peers:
         ours.close()
         os.close(native)
         os.setsid()  # a terminal's Ctrl-C reaches the supervisor alone, which tells the worker once
-        _divert_native_stderr(write_end)
+        _divert_native_output(write_end)
         return Peers(_Membership(cluster, address, Channel(theirs), write_end))
     theirs.close()
     os.close(write_end)
@@ -157,14 +158,15 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _divert_native_stderr(write_end: int) -> None:
-    """Gives what libraries write to file descriptor 2 to the supervisor; Python's own stderr goes where it went."""
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+def _divert_native_output(write_end: int) -> None:
+    """Gives what libraries write to file descriptors 1 and 2 to the supervisor; Python's own streams stay as they are."""
+    out, err = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr:
-            handler.setStream(terminal)
-    sys.stderr = terminal
-    os.dup2(write_end, 2)
+            handler.setStream(err)
+    sys.stdout, sys.stderr = out, err
+    for number in (1, 2):
+        os.dup2(write_end, number)
 
 
 class _Supervisor:
@@ -207,14 +209,15 @@ class _Supervisor:
         while self.verdict is None and not self._is_over():
             for key, _ in self.selector.select(timeout=0.5):
                 key.data()
-            self._relay(before=time.monotonic() - 2 * SETTLE_SECONDS)
+            if not self.failures:
+                self._relay(before=time.monotonic() - 2 * SETTLE_SECONDS)
             if time.monotonic() >= self.decide_at:
                 self._decide()
         return self._end()
 
     def _is_over(self) -> bool:
         """All have come to a good end. Process 0 stays until then, because its end would look like a failure."""
-        if self.own_status is None:
+        if self.index not in self.finished:
             return False
         return self.index != 0 or len(self.finished) == self.cluster.num_processes
 
@@ -230,7 +233,8 @@ class _Supervisor:
     def _on_native(self) -> None:
         content = os.read(self.native, 65536)
         if content:
-            self.said.append((time.monotonic(), content))
+            # Gloo greets every peer of every communicator, in a buffer that is written at the end.
+            self.said.append((time.monotonic(), re.sub(rb"\[Gloo\] Rank \d+ is connected.*\n", b"", content)))
         else:
             self.selector.unregister(self.native)
 
@@ -286,6 +290,8 @@ class _Supervisor:
             self.selector.unregister(self.channels[process])
             if process not in self.finished and self.verdict is None:
                 self._note(self._failure(process, 1, "died, or its machine did", rank=0))
+                if process == 0:  # there is none left to wait for
+                    self._decide()
 
     def _failure(self, process: int, status: int, text: str, rank: int) -> Message:
         return {"process": process, "host": self.hosts.get(process), "status": status, "text": text, "rank": rank}

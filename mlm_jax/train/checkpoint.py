@@ -4,11 +4,15 @@ A checkpoint holds three parts that can be read on their own: `params`, `ema` wh
 optimizer state, counters). The data position is the step, so there is nothing else to save.
 """
 
+import gc
 import logging
+import warnings
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental.multihost_utils import process_allgather
 from orbax.checkpoint import v1 as ocp
 
 from mlm_jax.errors import MachineError, UserError
@@ -68,12 +72,11 @@ class Checkpoints:
         steps = sorted((checkpoint.step for checkpoint in self._checkpointer.checkpoints), reverse=True)
         damaged: list[str] = []
         for step in steps:
-            try:
-                parts = self._checkpointer.load_checkpointables(step, _split(abstract))
-                jax.block_until_ready(parts)
-            except Exception as error:
-                damaged.append(f"checkpoint {step} cannot be read: {_first_line(error)}")
-                logger.error(damaged[-1])
+            parts, reason = self._read(step, abstract)
+            if not _all_processes(parts is not None):
+                damaged.append(f"checkpoint {step} cannot be read: {reason or 'by another process'}")
+                if reason:
+                    logger.error(damaged[-1])
                 continue
             for unreadable in steps[: len(damaged)]:
                 self._set_aside(unreadable)
@@ -85,6 +88,21 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, abstract: TrainState) -> tuple[Any, str]:
+        """The parts of a checkpoint, of which this process reads what its devices hold; else None and the reason."""
+        # No barriers within: where one process finds damage, the others would wait in them for it.
+        alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+        try:
+            with ocp.Context(multiprocessing_options=alone):
+                parts = ocp.load_checkpointables(
+                    epath.Path(self._workdir.checkpoints).resolve() / str(step), _split(abstract)
+                )
+            return jax.block_until_ready(parts), ""
+        except Exception as error:
+            reason = _first_line(error)
+        _drop_unfinished_reads()
+        return None, reason
+
     def close(self) -> None:
         """Waits for what is being written and releases the files."""
         try:
@@ -93,12 +111,14 @@ class Checkpoints:
             raise self._failure(error) from error
 
     def _set_aside(self, step: int) -> None:
-        source = epath.Path(self._workdir.checkpoints) / str(step)
-        self._workdir.damaged.mkdir(parents=True, exist_ok=True)
-        target = self._workdir.damaged / str(step)
-        if target.exists():
-            target.rmtree()
-        source.rename(target)
+        if jax.process_index() == 0:
+            source = epath.Path(self._workdir.checkpoints) / str(step)
+            self._workdir.damaged.mkdir(parents=True, exist_ok=True)
+            target = self._workdir.damaged / str(step)
+            if target.exists():
+                target.rmtree()
+            source.rename(target)
+        _all_processes(True)  # none looks before it is gone
         self._checkpointer.reload()
 
     def _failure(self, error: Exception) -> MachineError:
@@ -106,6 +126,18 @@ class Checkpoints:
             f"a checkpoint could not be written to {self._workdir.checkpoints}: {_first_line(error)}. "
             f"The last whole one is step {self.last_step}; free some space or mend the disk, then run the same command again"
         )
+
+
+def _drop_unfinished_reads() -> None:
+    """When one array cannot be read, Orbax leaves the coroutines of the others behind, and Python complains of each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        gc.collect()
+
+
+def _all_processes(holds: bool) -> bool:
+    """Whether something holds for every process of the run; each has to ask."""
+    return bool(process_allgather(np.asarray(holds)).all())
 
 
 def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[Any, int]:
@@ -125,7 +157,9 @@ def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[A
         try:
             return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
         except Exception as error:
-            raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {_first_line(error)}") from error
+            reason = _first_line(error)
+    _drop_unfinished_reads()
+    raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {reason}")
 
 
 def _split(state: TrainState) -> dict[str, Any]:
