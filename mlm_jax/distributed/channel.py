@@ -4,7 +4,6 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from mlm_jax.distributed.cluster import Cluster
@@ -57,72 +56,77 @@ def gather(cluster: Cluster, greeting: Message, timeout: float) -> dict[int, tup
         By process id: the channel and the greeting that came over it.
 
     Raises:
-        UserError: two processes have the same id or disagree; all that have called are told.
+        UserError: two processes have the same id or disagree; all are told.
         MachineError: some have not called in time; the others are told.
     """
-    deadline = time.monotonic() + timeout
     port = int(cluster.coordinator.rpartition(":")[2])
-    called: dict[int, tuple[Channel, Message]] = {}
+    is_v6 = cluster.coordinator.startswith("[")
     try:
-        try:
-            six = cluster.coordinator.startswith("[")
-            family = socket.AF_INET6 if six else socket.AF_INET
-            listener = socket.create_server(("", port), family=family, dualstack_ipv6=six, backlog=cluster.num_processes)
-        except OSError as error:
-            raise MachineError(
-                f"cannot listen on port {port} of --coordinator={cluster.coordinator}: {error.strerror}. Is another run's "
-                "or this run's process 0 on this machine? Choose another port for all processes, or another --process-id"
-            ) from error
-        with listener:
-            while len(called) < cluster.num_processes - 1:
-                listener.settimeout(max(deadline - time.monotonic(), 0.01))
-                connection, _ = listener.accept()
-                connection.settimeout(5)
-                channel = Channel(connection)
-                messages, _ = channel.receive()
-                connection.settimeout(None)
-                if not messages or not {"process", *greeting} <= messages[0].keys():
-                    channel.close()  # not one of ours: a port scanner, a health check
-                    continue
-                _admit(cluster, greeting, called, channel, messages[0])
-    except TimeoutError:
-        absent = sorted(set(range(1, cluster.num_processes)) - called.keys())
-        late = MachineError(
-            f"{_names(absent)} of {cluster.num_processes} did not come within {timeout:g} s: see their logs, and "
-            f"whether they can reach {cluster.coordinator}"
+        listener = socket.create_server(
+            ("", port), family=socket.AF_INET6 if is_v6 else socket.AF_INET, dualstack_ipv6=is_v6, backlog=512
         )
-        _refuse(called, late)
-        raise late from None
-    except UserError as error:
-        _refuse(called, error)
+    except OSError as error:
+        raise MachineError(
+            f"cannot listen on port {port} of --coordinator={cluster.coordinator}: {error.strerror}. Is another run's "
+            "or this run's process 0 on this machine? Choose another port for all processes, or another --process-id"
+        ) from error
+    with listener:
+        calls = _listen(listener, cluster.num_processes - 1, {"process", *greeting}, time.monotonic() + timeout)
+    try:
+        return _checked(cluster, greeting, calls, timeout)
+    except (UserError, MachineError) as error:
+        for channel, _ in calls:
+            channel.send({"refused": str(error), "status": 2 if isinstance(error, UserError) else 1})
+            channel.close()
         raise
-    return called
 
 
-def _admit(
-    cluster: Cluster, greeting: Message, called: dict[int, tuple[Channel, Message]], channel: Channel, message: Message
-) -> None:
-    process, host = message["process"], message["host"]
-    twin = greeting if process == 0 else called.get(process, (channel, None))[1]
-    called[-1 if twin is not None else process] = channel, message  # told of an error like the others
-    if twin is not None:
-        raise UserError(
-            f"two processes have --process-id={process}, on {twin['host']} and {host}: give each of the "
-            f"{cluster.num_processes} its own, from 0 to {cluster.num_processes - 1}"
-        )
-    for name, text in (("num_processes", "--num-processes"), ("config", "config"), ("workdir", "--workdir")):
-        if message[name] != greeting[name]:
-            values = "" if name == "config" else f" ({greeting[name]} and {message[name]})"
+def _listen(listener: socket.socket, count: int, words: set[str], deadline: float) -> list[tuple[Channel, Message]]:
+    """The calls that come in time, `count` at most."""
+    calls: list[tuple[Channel, Message]] = []
+    while len(calls) < count and (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            break
+        channel = Channel(connection)
+        connection.settimeout(5)
+        messages, _ = channel.receive()
+        connection.settimeout(None)
+        if messages and words <= messages[0].keys():
+            calls.append((channel, messages[0]))
+        else:
+            channel.close()  # not one of ours: a port scanner, a health check
+    return calls
+
+
+def _checked(
+    cluster: Cluster, greeting: Message, calls: list[tuple[Channel, Message]], timeout: float
+) -> dict[int, tuple[Channel, Message]]:
+    called: dict[int, tuple[Channel, Message]] = {}
+    for channel, words in calls:
+        process = words["process"]
+        for name, text in (("num_processes", "--num-processes"), ("config", "config"), ("workdir", "--workdir")):
+            if words[name] != greeting[name]:
+                values = "" if name == "config" else f" ({greeting[name]} and {words[name]})"
+                raise UserError(
+                    f"process 0 and process {process} were started with another {text}{values}: give all the same command, "
+                    "but for --process-id"
+                )
+        if process in called:
             raise UserError(
-                f"process 0 and process {process} were started with another {text}{values}: give all the same command, "
-                "but for --process-id"
+                f"two processes have --process-id={process}, on {called[process][1]['host']} and {words['host']}: give each "
+                f"of the {cluster.num_processes} its own, from 0 to {cluster.num_processes - 1}"
             )
-
-
-def _refuse(called: dict[int, tuple[Channel, Message]], error: UserError | MachineError) -> None:
-    for channel, _ in called.values():
-        channel.send({"refused": str(error), "status": 2 if isinstance(error, UserError) else 1})
-        channel.close()
+        called[process] = channel, words
+    absent = sorted(set(range(1, cluster.num_processes)) - called.keys())
+    if absent:
+        raise MachineError(
+            f"process{'es' * (len(absent) > 1)} {', '.join(map(str, absent))} of {cluster.num_processes} did not come "
+            f"within {timeout:g} s: see their logs, and whether they can reach {cluster.coordinator}"
+        )
+    return called
 
 
 def call(cluster: Cluster, greeting: Message, timeout: float) -> tuple[Channel, Message]:
@@ -157,13 +161,11 @@ def call(cluster: Cluster, greeting: Message, timeout: float) -> tuple[Channel, 
     connection.settimeout(timeout + 10)
     messages, _ = channel.receive()
     connection.settimeout(None)
+    if not messages or "refused" in messages[0]:
+        channel.close()
     if not messages:
         raise MachineError(f"process 0 at {cluster.coordinator} ended before all {cluster.num_processes} processes had come")
     if "refused" in messages[0]:
         kind = UserError if messages[0]["status"] == 2 else MachineError
         raise kind(f"refused by process 0: {messages[0]['refused']}")
     return channel, messages[0]
-
-
-def _names(processes: Sequence[int]) -> str:
-    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))}"

@@ -67,6 +67,7 @@ class Peers:
 
     def announce(self) -> None:
         """Tells the other processes that what the primary prepares is there."""
+        self._primary_is_ready.set()
         if self._membership is not None:
             self._membership.control.send({"ready": True})
 
