@@ -306,7 +306,7 @@ class Runs:
                 *("train", "--workdir", str(workdir), *self.arguments, *options, *(several if processes > 1 else ())),
             ]
             started.append(start(command, logs[-1], JAX_NUM_CPU_DEVICES=str(devices), XLA_FLAGS=QUICK))
-        return ends(started, 300), logs, records
+        return ends(started, 900), logs, records
 
 
 def examples(records: list[pathlib.Path]) -> dict[int, list[list[int]]]:
