@@ -227,7 +227,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
 
     from mlm_jax.inference import open_run, pack_source
     from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
-    from mlm_jax.train.loop import vocab_tables
+    from mlm_jax.train.feed import vocab_tables
 
     with _device_errors(), open_run(options.workdir) as run:
         cfg = run.cfg

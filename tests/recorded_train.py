@@ -23,6 +23,7 @@ def record(file: pathlib.Path, hurt: str = "-") -> None:
     import jax
     import numpy as np
 
+    from mlm_jax.objectives.mlm import mask_batch
     from mlm_jax.train import loop
 
     original = loop.make_train_step
@@ -36,12 +37,12 @@ def record(file: pathlib.Path, hurt: str = "-") -> None:
             found.update({start + place: row for place, row in enumerate(np.asarray(shard.data))})
         return found
 
-    def make_train_step(cfg, stage, objective, *arguments, **options):
-        train_step = original(cfg, stage, objective, *arguments, **options)
+    def make_train_step(cfg, stage, *arguments, **options):
+        train_step = original(cfg, stage, *arguments, **options)
 
         @jax.jit
         def mask(batch, vocab):
-            return objective._mask(batch, jax.random.key(cfg.seed), vocab, cfg.masking, objective.rate)
+            return mask_batch(batch, jax.random.key(cfg.seed), vocab, cfg.masking, cfg.mask_rate(stage))
 
         def recorded(state, batch, vocab):
             with jax.transfer_guard("allow"):

@@ -26,7 +26,7 @@ from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import ROWS, check_batch, make_mesh
-from mlm_jax.train.loop import vocab_tables
+from mlm_jax.train.feed import vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step

@@ -1,4 +1,4 @@
-"""Batches on their devices, ahead of the step that takes them; a process reads the rows that its own devices hold."""
+"""What a step takes, on its devices: the vocabulary's tables, and batches, of which a process reads what its devices hold."""
 
 import collections
 from collections.abc import Iterator
@@ -6,12 +6,26 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mlm_jax.config import StageConfig
+from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus
 from mlm_jax.data.loader import Rows, batches
-from mlm_jax.sharding import ROWS, local_rows
+from mlm_jax.data.tokenizer import Tokenizer
+from mlm_jax.masking import VocabTables
+from mlm_jax.sharding import ROWS, local_rows, place
 
 STEPS_AHEAD = 2
+
+
+def vocab_tables(cfg: Config, tokenizer: Tokenizer) -> VocabTables:
+    """The tokenizer's tables, replicated over the current mesh."""
+    tables = VocabTables.from_arrays(
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        word_starts=tokenizer.word_starts(),
+        vocab_size=cfg.model.vocab_size,
+    )
+    replicated: VocabTables = place(tables, jax.P())
+    return replicated
 
 
 def device_batches(

@@ -23,13 +23,12 @@ from mlm_jax.data.prepare import prepare
 from mlm_jax.distributed import Peers
 from mlm_jax.errors import MachineError, UserError
 from mlm_jax.fill_mask import Filler
-from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import check_batch, check_model, make_mesh, place
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
-from mlm_jax.train.feed import device_batches
+from mlm_jax.train.feed import device_batches, vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step
@@ -147,9 +146,7 @@ class _Run:
         state, step = self._restore_or_init()
         with (
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
-            Progress(
-                self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary
-            ) as self.progress,
+            Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary) as self.progress,
         ):
             first, position = 0, collections.Counter[int]()
             for index, stage in enumerate(self.cfg.stages):
@@ -323,18 +320,6 @@ class _Run:
             jax.profiler.stop_trace()
             self.tracing = False
             logger.info("steps %d to %d are traced in %s", self.profile.start, step, self.workdir.path / "profile")
-
-
-def vocab_tables(cfg: Config, tokenizer: Any) -> VocabTables:
-    """The tokenizer's tables, replicated over the current mesh."""
-    tables = VocabTables.from_arrays(
-        mask_id=tokenizer.mask_id,
-        special_ids=tokenizer.special_ids,
-        word_starts=tokenizer.word_starts(),
-        vocab_size=cfg.model.vocab_size,
-    )
-    replicated: VocabTables = place(tables, jax.P())
-    return replicated
 
 
 @contextlib.contextmanager
