@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 UNEXPECTED = 70  # a worker's status after an exception that is neither the user's nor the machine's
 STOPPED = 128 + signal.SIGTERM  # a worker's status when all have saved and stopped because of a signal
-# A failure here makes others fail elsewhere: reports are collected for so long before one is called the cause.
+# A failure here makes others fail elsewhere. Reports are collected for so long before one is called the cause: the first of
+# those that are surely one, else of those with a message of their own, else of those that may be an answer to another.
 SETTLE_SECONDS = 1.5
+CAUSE, REPORTED, PERHAPS_ECHO = range(3)
 
 
 class Peers:
@@ -225,11 +227,13 @@ class _Supervisor:
     def _on_signals(self, numbers: bytes) -> None:
         for number in numbers:
             self.signals_seen += 1
+            if self.own_status is not None:
+                continue
             if self.signals_seen == 1 and self.is_prepared:
                 os.kill(self.worker, signal.SIGTERM)  # JAX's pre-emption service takes it from there
             else:
                 when = "before the first step" if self.signals_seen == 1 else "twice; what was saved before is kept"
-                self._fail(128 + number, f"stopped by signal {number} {when}; the same command continues", rank=0)
+                self._fail(128 + number, f"stopped by signal {number} {when}; the same command continues", CAUSE)
 
     def _on_native(self) -> None:
         content = os.read(self.native, 65536)
@@ -256,13 +260,12 @@ class _Supervisor:
             self._to_all({"finished": self.index})
             self.finished.add(self.index)
         elif self.own_status > 0:
-            self._fail(self.own_status, "", rank={2: 0, 1: 1}.get(self.own_status, 2))
+            self._fail(self.own_status, "", {2: CAUSE, 1: REPORTED}.get(self.own_status, PERHAPS_ECHO))
         else:
             number = -self.own_status
-            # An abort is how the runtime ends a process whose peers are gone, so it may be an echo.
-            self._fail(
-                1, f"was killed by signal {number} ({signal.Signals(number).name})", rank=2 * (number == signal.SIGABRT)
-            )
+            # An abort is how the runtime ends a process whose peers are gone.
+            rank = PERHAPS_ECHO if number == signal.SIGABRT else CAUSE
+            self._fail(1, f"was killed by signal {number} ({signal.Signals(number).name})", rank)
 
     def _on_ready(self, message: Message) -> None:
         if self.index == 0:
@@ -290,14 +293,14 @@ class _Supervisor:
         if not is_open:
             self.selector.unregister(self.channels[process])
             if process not in self.finished and self.verdict is None:
-                self._note(self._failure(process, 1, "died, or its machine did", rank=0))
-                if process == 0:  # there is none left to wait for
+                self._note(self._failure(process, 1, "died, or its machine did", CAUSE))
+                if self.index != 0:  # process 0, which decides, is gone
                     self._decide()
 
     def _failure(self, process: int, status: int, text: str, rank: int) -> Message:
         return {"process": process, "host": self.hosts.get(process), "status": status, "text": text, "rank": rank}
 
-    def _fail(self, status: int, text: str, *, rank: int) -> None:
+    def _fail(self, status: int, text: str, rank: int) -> None:
         """Reports a failure of this process to process 0, which decides whose was the first."""
         failure = self._failure(self.index, status, text, rank)
         self._note(failure)
@@ -306,8 +309,8 @@ class _Supervisor:
 
     def _note(self, failure: Message) -> None:
         self.failures.append(failure)
-        # Others wait longer for the verdict of process 0 before they take their own.
-        self.decide_at = min(self.decide_at, time.monotonic() + SETTLE_SECONDS * (1 if self.index == 0 else 2))
+        if self.index == 0:
+            self.decide_at = min(self.decide_at, time.monotonic() + SETTLE_SECONDS)
 
     def _decide(self) -> None:
         self.verdict = min(self.failures, key=lambda failure: failure["rank"])

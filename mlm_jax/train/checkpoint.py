@@ -91,7 +91,8 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState) -> tuple[Any, str]:
         """The parts of a checkpoint, of which this process reads what its devices hold; else None and the reason."""
         # No barriers within: where one process finds damage, the others would wait in them for it.
-        alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+        index = ocp.multihost.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
         try:
             with ocp.Context(multiprocessing_options=alone):
                 parts = ocp.load_checkpointables(

@@ -1,4 +1,4 @@
-"""What a step takes, on its devices: the vocabulary's tables, and batches, of which a process reads what its devices hold."""
+"""What a step takes, on its devices: the vocabulary's tables, and batches, of which a process reads its devices' rows."""
 
 import collections
 from collections.abc import Iterator
