@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import selectors
 import signal
 import socket
@@ -194,6 +193,7 @@ class _Supervisor:
         self.signals_seen = 0
         self.is_prepared = False
         self.said: list[tuple[float, bytes]] = []  # the runtime's own lines, held back for a moment
+        self.unfinished_line = b""
         self.selector = selectors.DefaultSelector()
 
     def run(self) -> int:
@@ -237,15 +237,22 @@ class _Supervisor:
 
     def _on_native(self) -> None:
         content = os.read(self.native, 65536)
-        if content:
-            # Gloo greets every peer of every communicator, in a buffer that is written at the end.
-            self.said.append((time.monotonic(), re.sub(rb"\[Gloo\] Rank \d+ is connected.*\n", b"", content)))
-        else:
+        *lines, self.unfinished_line = (self.unfinished_line + (content or b"\n")).split(b"\n")
+        # Gloo greets every peer of every communicator.
+        lines = [line + b"\n" for line in lines if line and not line.startswith(b"[Gloo] Rank ")]
+        self.said.append((time.monotonic(), b"".join(lines)))
+        if not content:
             self.selector.unregister(self.native)
 
     def _relay(self, before: float) -> None:
         while self.said and self.said[0][0] <= before:
             os.write(2, self.said.pop(0)[1])
+
+    def _relay_all(self) -> None:
+        """What an ended worker has said to its last line."""
+        while self.native in self.selector.get_map():
+            self._on_native()
+        self._relay(before=float("inf"))
 
     def _on_worker(self) -> None:
         messages, is_open = self.control.receive()
@@ -318,7 +325,7 @@ class _Supervisor:
 
     def _end(self) -> int:
         if self.verdict is None:
-            self._relay(before=float("inf"))
+            self._relay_all()
             assert self.own_status is not None
             return self.own_status
         if self.own_status is None:
@@ -327,9 +334,7 @@ class _Supervisor:
         verdict = self.verdict
         is_own, who = verdict["process"] == self.index, f"process {verdict['process']} of {self.cluster.num_processes}"
         if is_own:
-            while self.native in self.selector.get_map():
-                self._on_native()
-            self._relay(before=float("inf"))
+            self._relay_all()
         if verdict["status"] > 128:
             _tell(verdict["text"] if is_own else f"{who} was {verdict['text']}")
         elif verdict["text"]:

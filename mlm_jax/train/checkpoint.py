@@ -91,10 +91,11 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState) -> tuple[Any, str]:
         """The parts of a checkpoint, of which this process reads what its devices hold; else None and the reason."""
         # No barriers within: where one process finds damage, the others would wait in them for it.
-        index = ocp.multihost.process_index()
-        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+        alone, index = ocp.Context(), ocp.multihost.process_index()
+        alone.multiprocessing.primary_host = index
+        alone.multiprocessing.active_processes = {index}
         try:
-            with ocp.Context(multiprocessing_options=alone):
+            with alone:
                 parts = ocp.load_checkpointables(
                     epath.Path(self._workdir.checkpoints).resolve() / str(step), _split(abstract)
                 )
