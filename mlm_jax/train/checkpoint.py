@@ -4,7 +4,9 @@ A checkpoint holds three parts that can be read on their own: `params`, `ema` wh
 optimizer state, counters). The data position is the step, so there is nothing else to save.
 """
 
+import contextlib
 import gc
+import io
 import logging
 import warnings
 from typing import Any
@@ -95,7 +97,8 @@ class Checkpoints:
         alone.multiprocessing.primary_host = index
         alone.multiprocessing.active_processes = {index}
         try:
-            with alone:
+            # Of reads that are abandoned with the one that failed, tensorstore prints a traceback each.
+            with alone, contextlib.redirect_stderr(io.StringIO()):
                 parts = ocp.load_checkpointables(
                     epath.Path(self._workdir.checkpoints).resolve() / str(step), _split(abstract)
                 )
@@ -179,6 +182,8 @@ def _join(parts: dict[str, Any]) -> TrainState:
     return TrainState(params=parts["params"], ema=parts.get("ema"), **parts["rest"])
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Orbax tells of its handlers first, and of the file last
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
