@@ -24,6 +24,10 @@ OPTIMIZER = optax.adamw(1e-3)
 SPECS = {"table_VD": jax.P("tensor", "fsdp"), "layers": {"kernel_NDF": jax.P(None, "fsdp", "tensor"), "bias_NF": jax.P()}}
 
 
+# Reads that Orbax abandons when one array cannot be read may end, with an error that nobody awaits, after the test has.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
 @pytest.fixture(autouse=True)
 def mesh():
     with jax.set_mesh(make_mesh(ShardingConfig(2, 2, 2))):

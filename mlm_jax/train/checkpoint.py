@@ -6,9 +6,11 @@ optimizer state, counters). The data position is the step, so there is nothing e
 
 import contextlib
 import gc
-import io
 import logging
+import sys
+import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -97,16 +99,13 @@ class Checkpoints:
         alone.multiprocessing.primary_host = index
         alone.multiprocessing.active_processes = {index}
         try:
-            # Of reads that are abandoned with the one that failed, tensorstore prints a traceback each.
-            with alone, contextlib.redirect_stderr(io.StringIO()):
+            with alone, _dropping_abandoned_reads():
                 parts = ocp.load_checkpointables(
                     epath.Path(self._workdir.checkpoints).resolve() / str(step), _split(abstract)
                 )
             return jax.block_until_ready(parts), ""
         except Exception as error:
-            reason = _first_line(error)
-        _drop_unfinished_reads()
-        return None, reason
+            return None, _first_line(error)
 
     def close(self) -> None:
         """Waits for what is being written and releases the files."""
@@ -133,11 +132,30 @@ class Checkpoints:
         )
 
 
-def _drop_unfinished_reads() -> None:
-    """When one array cannot be read, Orbax leaves the coroutines of the others behind, and Python complains of each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        gc.collect()
+@contextlib.contextmanager
+def _dropping_abandoned_reads() -> Iterator[None]:
+    """Keeps quiet those reads that Orbax leaves behind when one array cannot be read: each would print a complaint."""
+    told = sys.unraisablehook
+
+    def tell(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            told(unraisable)
+
+    sys.unraisablehook = tell
+    try:
+        yield
+    except Exception as error:
+        # The coroutines are held by the frames of what failed within; collected here, they are not complained of later.
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+            gc.collect()
+        raise
+    finally:
+        sys.unraisablehook = told
 
 
 def _all_processes(holds: bool) -> bool:
@@ -160,11 +178,10 @@ def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[A
             raise UserError(f"{workdir.path} has no checkpoint yet; train first")
         part = "ema" if ema else "params"
         try:
-            return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
+            with _dropping_abandoned_reads():
+                return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
         except Exception as error:
-            reason = _first_line(error)
-    _drop_unfinished_reads()
-    raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {reason}")
+            raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {_first_line(error)}") from error
 
 
 def _split(state: TrainState) -> dict[str, Any]:
