@@ -183,3 +183,15 @@ def place(tree: Any, spec: jax.P) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put, tree)
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+    """One small sum over each group of axes that a step's collectives run over, on the current mesh.
+
+    For several processes that are at the same point: on CPUs the first collective of a group gives up when one of them
+    comes 30 seconds late, and as long as that may lie between the ends of their compilations.
+    """
+    groups = [(axis,) for axis in AXES if mesh.shape[axis] > 1]
+    for axes in (*groups, ROWS, AXES):
+        ones = place(np.ones(math.prod(mesh.shape[axis] for axis in axes), np.float32), jax.P(axes))
+        jax.block_until_ready(jax.jit(lambda x: x.sum())(ones))

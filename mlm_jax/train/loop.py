@@ -25,7 +25,7 @@ from mlm_jax.errors import MachineError, UserError
 from mlm_jax.fill_mask import Filler
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
-from mlm_jax.sharding import check_batch, check_model, make_mesh, place
+from mlm_jax.sharding import check_batch, check_model, connect, make_mesh, place
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
 from mlm_jax.train.feed import device_batches, vocab_tables
@@ -143,6 +143,8 @@ class _Run:
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
 
     def train(self) -> None:
+        if jax.process_count() > 1:
+            connect(self.mesh)
         state, step = self._restore_or_init()
         with (
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
