@@ -236,6 +236,23 @@ def test_links_of_a_ring_a_line_and_between_slices():
     assert both == pytest.approx(line + 1e9 / 16 / CHIPS["v5e"].dcn_bytes_per_second)
 
 
+def test_what_passes_between_slices_takes_the_hosts_network():
+    text = """ENTRY %main (x: f32[1024,8]) -> f32[1024,8] {
+  %x = f32[1024,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %send = (f32[1024,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true
+  %recv = (f32[1024,8]{1,0}, u32[], token[]) recv(%t), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %received = (f32[1024,8]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %y = f32[1024,8]{1,0} get-tuple-element(%received), index=0
+}
+"""
+    topology = topology_of("v5e", (2, 2), slices=4)
+    line = estimate_step(text, mesh_of(topology, slice=4, data=4), topology)
+    assert [(each.kind, each.axes, each.bytes) for each in line.collectives] == [("all-reduce", "slice", 32_768)]
+    assert line.seconds == line.groups[COLLECTIVES] == pytest.approx(2 * 0.75 * 32_768 / 3.125e9)
+
+
 FUSED_HLO = """%start (p: bf16[128,64]) -> (bf16[128,64], bf16[1024,64]) {
   %p = bf16[128,64]{1,0} parameter(0)
   %gather.1 = bf16[1024,64]{1,0} all-gather(%p), channel_id=6, replica_groups=[1,4]<=[4], dimensions={0}

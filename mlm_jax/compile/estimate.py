@@ -17,7 +17,7 @@ from mlm_jax import flops
 from mlm_jax.bench import profile
 from mlm_jax.compile.cost import is_kernel, kernel_flops, product_flops, traffic
 from mlm_jax.compile.hlo import Instruction, Module, join_lines, parse_module, trip_count
-from mlm_jax.compile.links import Collective, collective_kind, lane, measure
+from mlm_jax.compile.links import Collective, between_slices, collective_kind, lane, measure
 from mlm_jax.compile.topology import Topology
 
 Seconds = collections.defaultdict[str, float]
@@ -25,7 +25,7 @@ COLLECTIVES = "collectives"
 # These move no data, or do so while others run.
 FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"),
-    *("copy-start", "copy-done", "slice-start", "slice-done", "optimization-barrier"),
+    *("copy-start", "copy-done", "slice-start", "slice-done", "optimization-barrier", "send", "send-done"),
 )
 
 
@@ -101,6 +101,11 @@ class Estimator:
 
         XLA:TPU fuses collectives: a start, computations that carry them along, and a done, all of one channel.
         """
+        transfer = between_slices(one, self.topology)
+        if transfer:
+            line.collectives[transfer] += 1
+            pending.begin((one.name,), lane(one), transfer.seconds, line)
+            return True
         fused = one.opcode in ("fusion", "async-start")
         body = self.module.computations.get(one.attribute("calls"), []) if fused else [one]
         inner = next((member for member in body if collective_kind(member.opcode)), None)

@@ -5,6 +5,7 @@ The bound is what the chip with the fewest links has to receive. Nothing is adde
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -46,9 +47,20 @@ def measure(one: Instruction, module: Module, mesh: jax.sharding.Mesh, topology:
     return Collective(kind, axes_of(groups, mesh), size, _seconds(kind, size, groups[0], mesh, topology))
 
 
+def between_slices(one: Instruction, topology: Topology) -> Collective | None:
+    """The transfer by the hosts that XLA:TPU makes of a collective over slices, once it has run within each: a `recv`."""
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+    if one.opcode != "recv" or not transfer:
+        return None
+    kind = transfer[1].lower().replace("_", "-")
+    size = array_bytes(one.result.partition(", u32[]")[0])
+    share = (2 if kind == "all-reduce" else 1) * (topology.num_slices - 1) / topology.num_slices
+    return Collective(kind, "slice", size, share * size / topology.chip.dcn_bytes_per_second)
+
+
 def lane(one: Instruction) -> str:
-    """What collectives have to share to delay each other: permutations in opposite directions do not."""
-    return str(source_target_pairs(one.attributes))
+    """What collectives have to share to delay each other: permutations in opposite directions do not, nor do networks."""
+    return "between slices" if one.opcode == "recv" else str(source_target_pairs(one.attributes))
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> str:
