@@ -94,7 +94,7 @@ def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device
     compute = Compute.resolve(cfg.compute, devices[0].platform)
     objective = make_objective(cfg, compute, stage_index)
     with jax.set_mesh(make_mesh(ShardingConfig(), devices[:1])):
-        shapes = jax.eval_shape(objective.init, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))  # no key is made: these devices cannot compute
     return sum(leaf.size for leaf in jax.tree.leaves(shapes)), attention_of(cfg, stage_index, compute)
 
 
