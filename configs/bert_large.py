@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "activation": "gelu_tanh",  # [A]
                 "norm_eps": 1e-12,  # [A], the default of its layer norm
                 "dropout": 0.1,  # [A]
-                "attention_dropout": 0.1,  # [A]
+                "attention_dropout": 0.0,  # [A]: 0.1
                 "init_std": 0.02,  # [A]
                 "init_truncated": True,  # [A]
             },

@@ -9,8 +9,9 @@ Reference topology: TPU v5e:16x16, 64 rows of 128 or 16 of 512 in a chip's micro
 
 Sources: [N] NVIDIA/DeepLearningExamples:PyTorch/LanguageModeling/BERT/scripts/run_pretraining.sh, for 8 GPUs;
 [F] NVIDIA/apex:apex/optimizers/fused_lamb.py; [B] as in bert_large.py; [P] from the paper, unchecked.
-It differs in this: no next-sentence prediction, and the rate falls linearly from the end of the warm-up, as in the
-paper [P], where NVIDIA's falls with the square root of what is left of the phase (schedulers.py there).
+It differs in this: no next-sentence prediction; no dropout within attention, which fast kernels lack; the rate falls
+linearly from the end of the warm-up, as in the paper [P], where NVIDIA's falls with the square root of what is left of
+the phase (schedulers.py there).
 """
 
 import ml_collections
@@ -34,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "activation": "gelu_tanh",
                 "norm_eps": 1e-12,
                 "dropout": 0.1,
-                "attention_dropout": 0.1,
+                "attention_dropout": 0.0,  # [B]: 0.1
                 "init_std": 0.02,
                 "init_truncated": True,
             },

@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "activation": "gelu_erf",  # [B]
                 "norm_eps": 1e-5,  # [B]
                 "dropout": 0.1,  # [M]
-                "attention_dropout": 0.1,  # [M]
+                "attention_dropout": 0.0,  # [M]: 0.1
                 "init_std": 0.02,  # [B]
                 "init_truncated": False,  # [B]
             },

@@ -90,16 +90,18 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
     Their type says so (`reduced`), and a gradient's type then that it is a partial sum (`unreduced`): partial sums of all
     the uses of a parameter, and of all micro-batches, are added where they arise, and between the devices only once.
     """
-
     ways = jax.sharding.get_abstract_mesh().shape
-    one_way = [axis for axis in axes if ways[axis] == 1 or axis not in ROWS]
+    resharded = [axis for axis in axes if ways[axis] == 1 or axis not in ROWS]
 
     def whole(leaf: jax.Array) -> jax.Array:
         spec = jax.typeof(leaf).sharding.spec
-        parts = [_axes(part, without=one_way) for part in spec.partitions]
-        left = [_axes(part, without=axes) for part in parts]
-        gathered = [tuple(axis for axis in part or () if axis in axes) for part in parts]
+        parts = [axes_of(part, without=resharded) for part in spec.partitions]
+        gathered = [tuple(axis for axis in part if axis in axes) for part in parts]
         moved = {axis for part in gathered for axis in part}
+        before = jax.P(*parts, reduced=spec.reduced | ((set(axes) & set(ROWS)) - moved))
+        leaf = jax.reshard(leaf, before)
+        if not moved:
+            return leaf
 
         def collect(shard: jax.Array) -> jax.Array:
             for dimension, names in enumerate(gathered):
@@ -107,15 +109,10 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
                     shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True, to="reduced")
             return shard
 
-        if moved:
-            # A reshard would do, but its transpose is on a TPU an all-reduce of which each device keeps its part.
-            leaf = jax.reshard(leaf, jax.P(*parts, reduced=spec.reduced))
-            specs = {
-                "in_specs": jax.P(*parts, reduced=spec.reduced),
-                "out_specs": jax.P(*left, reduced=spec.reduced | moved),
-            }
-            leaf = jax.shard_map(collect, **specs)(leaf)
-        return jax.reshard(leaf, jax.P(*left, reduced=spec.reduced | (set(axes) & set(ROWS))))
+        # A reshard would do, but its transpose is on a TPU an all-reduce of which each device keeps its part. This one's is
+        # a reduce-scatter; only the parts then travel between slices, if there are any.
+        after = jax.P(*(axes_of(part, without=axes) for part in parts), reduced=before.reduced | moved)
+        return jax.shard_map(collect, in_specs=before, out_specs=after)(leaf)
 
     return jax.tree.map(whole, params)
 
@@ -130,7 +127,7 @@ def divide(params: Any) -> Any:
     def part(leaf: jax.Array) -> jax.Array:
         parts = list(jax.typeof(leaf).sharding.spec.partitions)
         for index, size in enumerate(leaf.shape):
-            axes = (*(_axes(parts[index]) or ()), "data")
+            axes = (*axes_of(parts[index]), "data")
             if size % math.prod(ways[axis] for axis in axes) == 0:
                 parts[index] = axes
                 break
@@ -139,10 +136,10 @@ def divide(params: Any) -> Any:
     return jax.tree.map(part, params)
 
 
-def _axes(part: Any, without: Sequence[str] = ()) -> tuple[str, ...] | None:
-    """One dimension's entry of a spec as a tuple of axes, or None."""
+def axes_of(part: Any, without: Sequence[str] = ()) -> tuple[str, ...]:
+    """One dimension's entry of a spec as a tuple of axes."""
     axes = (part,) if isinstance(part, str) else part or ()
-    return tuple(axis for axis in axes if axis not in without) or None
+    return tuple(axis for axis in axes if axis not in without)
 
 
 def row_ways(mesh: jax.sharding.Mesh) -> int:

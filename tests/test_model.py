@@ -477,7 +477,9 @@ def test_the_gradient_of_a_bias_is_a_sum(dtype, dimensions):
     expected = weights.astype(np.float64).sum(others)
     assert found.dtype == bias.dtype and np.isfinite(value)
     # Added up in float32, of bfloat16 too, and rounded once.
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-5, rtol=2**-8 if dtype == "bfloat16" else 1e-5)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), expected, atol=1e-5, rtol=2**-8 if dtype == "bfloat16" else 1e-5
+    )
 
 
 def test_the_hardware_generator_gives_each_device_bits_of_its_own():

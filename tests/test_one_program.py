@@ -88,16 +88,15 @@ def test_the_program_never_calls_the_host(mesh_name, accumulation):
 
 
 # What each mesh has to communicate, and nothing else: gradients and sums over rows; parameters that fsdp or ZeRO has
-# divided; partial results of layers that tensor has split. XLA:CPU scatters by an all-reduce of which each device keeps
-# its part.
+# divided, and their gradients; partial results of layers that tensor has split.
 COLLECTIVES = {
     "1": set(),
     "8": {"all-reduce"},
     "sliced": {"all-reduce"},
-    "zero": {"all-reduce", "all-gather"},
-    "sliced zero": {"all-reduce", "all-gather"},
-    "fsdp": {"all-reduce", "all-gather"},
-    "2x2x2": {"all-reduce", "all-gather"},
+    "zero": {"all-reduce", "all-gather", "reduce-scatter"},
+    "sliced zero": {"all-reduce", "all-gather", "reduce-scatter"},
+    "fsdp": {"all-reduce", "all-gather", "reduce-scatter"},
+    "2x2x2": {"all-reduce", "all-gather", "reduce-scatter"},
 }
 KINDS = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"}
 
@@ -107,19 +106,33 @@ def test_the_collectives_of_each_mesh(mesh_name):
     assert {each.kind for each in program(mesh_name, 1).instructions} & KINDS == COLLECTIVES[mesh_name]
 
 
-@pytest.mark.parametrize(("mesh_name", "accumulation"), [("8", 1), ("8", 2), ("sliced", 1), ("zero", 1), ("zero", 2)])
+def parameter_sizes(ways: int = 1) -> collections.Counter[int]:
+    return collections.Counter(leaf.size // ways for leaf in jax.tree.leaves(parameters()))
+
+
+def exchanged(kind: str, mesh_name: str, accumulation: int) -> collections.Counter[int]:
+    """The sizes of what such collectives result in on each device, but for sums of a few numbers."""
+    found = collections.Counter(map(math.prod, program(mesh_name, accumulation).results(kind)))
+    assert found.pop(1, 0) < 40  # the loss's, and under ZeRO one for each parameter's part of the norm
+    return found
+
+
+@pytest.mark.parametrize(("mesh_name", "accumulation"), [("8", 1), ("8", 2), ("sliced", 1)])
 def test_data_parallel_devices_exchange_each_gradient_once_and_a_few_sums(mesh_name, accumulation):
     """Neither once a layer, nor once a micro-batch, nor once for each use of the tied table."""
-    found = collections.Counter(map(math.prod, program(mesh_name, accumulation).results("all-reduce")))
-    assert found.pop(1) < 40  # the loss's, and under ZeRO one for each parameter's part of the norm
-    assert found == collections.Counter(leaf.size for leaf in jax.tree.leaves(parameters()))
+    assert exchanged("all-reduce", mesh_name, accumulation) == parameter_sizes()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_parameters_divided_by_zero_are_gathered_once_a_step(accumulation):
-    run = program("zero", accumulation)
-    found = collections.Counter(map(math.prod, run.results("all-gather")))
-    assert found == collections.Counter(leaf.size for leaf in jax.tree.leaves(parameters()))
+def test_zero_gathers_parameters_and_scatters_gradients_once_a_step(accumulation):
+    assert exchanged("all-gather", "zero", accumulation) == parameter_sizes()
+    assert exchanged("reduce-scatter", "zero", accumulation) == parameter_sizes(8)
+    assert not exchanged("all-reduce", "zero", accumulation)
+
+
+def test_only_parts_of_gradients_travel_between_slices():
+    assert exchanged("reduce-scatter", "sliced zero", 1) == parameter_sizes(4)
+    assert exchanged("all-reduce", "sliced zero", 1) == parameter_sizes(4)
 
 
 def test_zero_divides_the_whole_state():

@@ -44,4 +44,4 @@ class MaskedLanguageHead(nnx.Module):
                 out_sharding=SHARDING.logits_BPV,
                 preferred_element_type=jnp.float32,
             )
-            return add_bias(logits_BPV, self.output_bias_V[...].astype(jnp.float32), (2,))
+            return add_bias(logits_BPV, self.output_bias_V[...], (2,))

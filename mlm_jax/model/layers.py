@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax.config import ModelConfig
-from mlm_jax.sharding import SHARDING
+from mlm_jax.sharding import SHARDING, axes_of
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # google-research/bert
@@ -43,7 +43,7 @@ def sum_onto(grad: jax.Array, param: jax.Array, *dimensions: int) -> jax.Array:
     """The gradient of a parameter that lies along these dimensions of an activation: the sum over all others.
 
     It has the parameter's dtype and the sharding of its gradient. In bfloat16 it is a product with ones, accumulated in
-    float32: the matrix units of a TPU take a sixth of the time that its vector units need for the sum.
+    float32: by XLA:TPU's estimate for BERT-base on a v5e, 15 to 71 thousand cycles where a sum takes 154 to 328.
     """
     spec = jax.typeof(param).sharding.spec
     others = tuple(dimension for dimension in range(grad.ndim) if dimension not in dimensions)
@@ -63,13 +63,13 @@ def sum_onto(grad: jax.Array, param: jax.Array, *dimensions: int) -> jax.Array:
     return jax.lax.reduce_sum(sums, (0,)).astype(param.dtype)
 
 
-_ROWS_OF_ONES = 8  # of one row XLA makes a sum again; a power of two, so that its inverse is exact
+_ROWS_OF_ONES = 8  # a product of fewer is no matrix product to a TPU; a power of two, so that its inverse is exact
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def add_bias(x: jax.Array, bias: jax.Array, dimensions: tuple[int, ...]) -> jax.Array:
-    """An activation and a bias that lies along these dimensions of it."""
-    return x + along(bias, x, *dimensions)
+    """An activation, in its dtype, and a bias that lies along these dimensions of it."""
+    return x + along(bias.astype(x.dtype), x, *dimensions)
 
 
 def _add_bias_forward(x: jax.Array, bias: jax.Array, dimensions: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +77,7 @@ def _add_bias_forward(x: jax.Array, bias: jax.Array, dimensions: tuple[int, ...]
 
 
 def _add_bias_backward(dimensions: tuple[int, ...], bias: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return grad, sum_onto(grad, bias, *dimensions)
+    return grad, sum_onto(grad.astype(bias.dtype), bias, *dimensions)
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
@@ -146,7 +146,7 @@ def _random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
     draws its own, from a key of its own, so that they depend on the mesh.
     """
     sharding = jax.typeof(like).sharding
-    axes = [axis for part in sharding.spec.partitions for axis in ((part,) if isinstance(part, str) else part or ())]
+    axes = [axis for part in sharding.spec.partitions for axis in axes_of(part)]
     if jax.random.key_impl(key) != "rbg" or not axes:
         return jax.random.bits(key, like.shape, jnp.uint16, out_sharding=sharding.spec)
 
