@@ -96,8 +96,9 @@ class Attention(nnx.Module):
         scale = self.cfg.head_dim**-0.5
         query_BHKL = add_bias(project(self.query_DHK[...] * scale), self.query_bias_HK[...] * scale, (1, 2))
         key_BHKL, value_BHKL = project(self.key_DHK[...]), project(self.value_DHK[...])
+        query_BHLK, key_BHMK, value_BHMK = (x.swapaxes(2, 3) for x in (query_BHKL, key_BHKL, value_BHKL))
         with jax.named_scope("attention_core"):
-            mixed_BHLK = _splash(*(x.swapaxes(2, 3) for x in (query_BHKL, key_BHKL, value_BHKL)), segment_ids_BL)
+            mixed_BHLK = _splash(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL)
         output_HKD, value_bias_HK = self.output_HKD[...], self.value_bias_HK[...]
         out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
         value_bias_D = (jax.lax.broadcast_in_dim(value_bias_HK, output_HKD.shape, (0, 1)) * output_HKD).sum((0, 1))

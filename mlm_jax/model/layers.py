@@ -146,7 +146,7 @@ def _random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
     draws its own, from a key of its own, so that they depend on the mesh.
     """
     sharding = jax.typeof(like).sharding
-    axes = [axis for part in sharding.spec.partitions for axis in axes_of(part)]
+    axes = tuple(axis for part in sharding.spec.partitions for axis in axes_of(part))
     if jax.random.key_impl(key) != "rbg" or not axes:
         return jax.random.bits(key, like.shape, jnp.uint16, out_sharding=sharding.spec)
 
