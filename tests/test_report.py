@@ -19,7 +19,7 @@ STAGES = (StageConfig(steps=40, seq_len=128, batch_size=8), StageConfig(steps=20
 PROBE = "Paris is in [MASK]."
 
 
-def workdir(path, *, evaluate=True, last_step=60, **fields):
+def workdir(path, *, evaluate=True, last_step=60, own=(), **fields):
     """A run of two stages, logged every ten steps and evaluated every twenty."""
     cfg = Config(**{"name": "tiny", "stages": STAGES, **fields})
     path.mkdir()
@@ -33,7 +33,7 @@ def workdir(path, *, evaluate=True, last_step=60, **fields):
                 "fill_rate": 0.5,
                 "skipped": 0,
                 "stage": int(step > 40),
-            }
+            } | dict(own)
             if step == 30:
                 values |= {"loss": math.nan, "grad_norm": math.inf, "skipped": 2}
             writer.write(step, "train", values)
@@ -104,6 +104,14 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path):
     ):
         assert loading not in page
     assert page.count("<svg role") == 5
+
+
+def test_losses_and_metrics_of_an_objective_have_charts_of_their_own(tmp_path):
+    plain = report(tmp_path, workdir(tmp_path / "plain"))
+    spans = workdir(tmp_path / "spans", own={"sbo": 7.5, "sbo_accuracy": 0.125})
+    both = report(tmp_path, tmp_path / "plain", spans)
+    assert "Sbo" not in plain
+    assert both.count("<h3>Sbo</h3>") == both.count("<h3>Sbo accuracy</h3>") == 1
 
 
 def test_charts_take_their_colours_from_the_page(tmp_path):

@@ -105,6 +105,22 @@ _CHARTS = (
 )
 
 
+# What every training line has, whatever the objective; the rest are the objective's own losses and metrics.
+_COMMON = {"step", "kind", "loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "fill_rate"}
+_COMMON |= {"predicted", "skipped", "stage", "mfu"}
+
+
+def _own_charts(runs: Sequence[Run]) -> list[tuple[str, str, str, None]]:
+    """A chart for each loss and metric that some run's objective alone has."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for record in run.train:
+            for name in record.keys() - _COMMON:
+                found.setdefault(name, []).extend([] if record[name] is None else [record[name]])
+    forms = {name: "percent" if max(values, default=0.0) <= 1.0 else "plain" for name, values in found.items()}
+    return [(name.replace("_", " ").capitalize(), forms[name], name, None) for name in sorted(found)]
+
+
 def _share_text(runs: Sequence[Run]) -> bool:
     """Whether the runs' held-out tokens, and with them their baselines, are the same."""
     return len({(run.cfg.data, run.cfg.tokenizer) for run in runs}) == 1
@@ -113,10 +129,11 @@ def _share_text(runs: Sequence[Run]) -> bool:
 def _charts(runs: Sequence[Run]) -> str:
     boundaries = sorted({step for run in runs for step in run.boundaries()})
     rows: dict[bool, list[str]] = {True: [], False: []}
-    for title, form, metric, baseline in _CHARTS:
+    for title, form, metric, baseline in (*_CHARTS, *_own_charts(runs)):
         curves = [_curve(run.train, metric, index) for index, run in enumerate(runs)]
         if baseline:
             curves += _baselines(runs, baseline)
+        if baseline or any(metric in record for run in runs for record in run.evals):
             curves += [_curve(run.evals, metric, index, "held_out") for index, run in enumerate(runs)]
         large = baseline is not None
         drawn = chart(title, curves, form=form, boundaries=boundaries, width_inches=5.6 if large else 3.7)
