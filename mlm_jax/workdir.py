@@ -1,6 +1,7 @@
 """A run's directory: its config, tokenizer, frozen validation rows and lock. Host code; nothing here knows the model.
 
-config.json  checkpoints/  metrics.jsonl  tensorboard/  tokenizer/  unigrams.npy  validation_seq128.npz  [data/]
+config.json  checkpoints/  metrics.jsonl  tensorboard/  tokenizer/  unigrams.npy  validation_seq128.npz  [ngrams.txt]
+[data/]
 """
 
 import contextlib
@@ -27,6 +28,7 @@ class Workdir:
         self.damaged = self.path / "damaged_checkpoints"
         self.default_data = self.path / "data"
         self._config = self.path / "config.json"
+        self._ngrams = self.path / "ngrams.txt"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -91,6 +93,20 @@ class Workdir:
         counts = np.load(io.BytesIO((self.path / "unigrams.npy").read_bytes())).astype(np.float64)
         counts = np.pad(counts + 1.0, (0, vocab_size - len(counts)), constant_values=1.0)
         return np.log(counts / counts.sum()).astype(np.float32)
+
+    def keep_ngrams(self, ngrams: list[str]) -> None:
+        """Keeps the list that n-grams are masked by.
+
+        Raises:
+            UserError: it is another than the one that the run began with.
+        """
+        if self._ngrams.exists() and self.read_ngrams() != ngrams:
+            raise UserError(f"masking.ngrams lists other n-grams than {self._ngrams}, which this run began with")
+        write_atomically(self._ngrams, "\n".join(ngrams).encode())
+
+    def read_ngrams(self) -> list[str]:
+        """The list of n-grams, empty where the run has none."""
+        return self._ngrams.read_text().split("\n") if self._ngrams.exists() else []
 
     def write_validation(self, seq_len: int, rows: dict[str, np.ndarray]) -> None:
         """Freezes the held-out rows that this run is evaluated on."""

@@ -108,6 +108,33 @@ def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
     assert "<html" in (moved / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        (("masking.policy=pmi", "masking.schedule=linear", "masking.final_rate=0.3"), []),
+    ],
+    ids=["pmi"],
+)
+def test_another_policy_by_the_config_alone(train, tmp_path, capsys, overrides, own):
+    if "masking.policy=pmi" in overrides:
+        (tmp_path / "list.txt").write_text("meets the\npast seven towns\n")
+        overrides = (*overrides, f"masking.ngrams={tmp_path / 'list.txt'}")
+    assert train(tmp_path / "run", "stages[0].steps=9", *overrides) == 0
+    lines = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert all(name in line for line in lines for name in ("accuracy", *own))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # The first line has steps 0 to 2, the last 6 to 8, of a rate that goes from 15% to 30% in nine.
+    shares = lines[0]["predicted"], lines[-1]["predicted"]
+    assert shares == pytest.approx((0.167, 0.267), abs=0.02) if "pmi" in str(overrides) else shares[0] > 0.25
+    capsys.readouterr()
+    (tmp_path / "list.txt").unlink(missing_ok=True)
+    assert main(["evaluate", "--workdir", str(tmp_path / "run"), "--json"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n{name} " in output for name in own) and json.loads(output.splitlines()[-1]).keys() >= {"loss", *own}
+    assert main(["fill-mask", "--workdir", str(tmp_path / "run"), "--json", "--top-k=3", "The [MASK] river."]) == 0
+    assert len(last_json(capsys)["fills"][0]["masks"][0]) == 3
+
+
 def test_a_profile_of_the_steps_asked_for(train, tmp_path):
     assert train(tmp_path / "run", "stages[0].steps=8", options=("--profile=3:4",)) == 0
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")

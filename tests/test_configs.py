@@ -13,6 +13,7 @@ import pytest
 from mlm_jax import config
 from mlm_jax.compile.topology import parse_topology
 from mlm_jax.masking import num_slots
+from mlm_jax.objectives.rates import scheduled_rates
 from mlm_jax.train.optimizer import learning_rate
 
 RECIPES = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
@@ -22,8 +23,10 @@ NAMES = [path.stem for path in RECIPES]
 SIZES = {
     "smoke": (958_336, [4_096]),
     "bert_mini": (5_462_272, [2_048]),
+    "bert_mini_decay": (5_462_272, [2_048]),
     "bert_base": (109_514_298, [32_768, 131_072]),
     "bert_large": (335_174_458, [32_768, 131_072]),
+    "bert_large_40": (355_411_033, [524_288]),
     "bert_large_lamb": (335_174_458, [8_388_608, 16_777_216]),
     "roberta_base": (124_696_665, [1_048_576]),
     "roberta_large": (355_411_033, [4_194_304]),
@@ -33,8 +36,10 @@ SIZES = {
 RATES = {
     "smoke": {0: 0.0, 30: 1.5e-3, 60: 3e-3, 330: 1.5e-3, 600: 0.0},
     "bert_mini": {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0},
+    "bert_mini_decay": {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0},
     "bert_base": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 900_000: 1e-4 * 100 / 990, 1_000_000: 0.0},
     "bert_large": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 1_000_000: 0.0},
+    "bert_large_40": {690: 1e-3, 1_380: 2e-3, 12_190: 1e-3, 23_000: 0.0},
     "bert_large_lamb": {2_001: 6e-3, 7_037: 6e-3 / 5_037, 7_038: 0.0, 7_138: 2e-3, 7_238: 4e-3, 8_601: 0.0},
     "roberta_base": {5_000: 2.5e-4, 10_000: 5e-4, 67_500: 2.5e-4, 125_000: 0.0},
     "roberta_large": {15_000: 2e-4, 30_000: 4e-4, 265_000: 2e-4, 500_000: 0.0},
@@ -45,9 +50,9 @@ def load(name: str) -> config.Config:
     return config.load_config(next(str(path) for path in RECIPES if path.stem == name))
 
 
-def count_parameters(model: config.ModelConfig) -> int:
+def count_parameters(cfg: config.Config) -> int:
     """By arithmetic on the shape, so that the encoder's own count has something to agree with."""
-    dim, norm = model.embed_dim, 2 * model.embed_dim
+    model, dim, norm = cfg.model, cfg.model.embed_dim, 2 * cfg.model.embed_dim
     positions = model.max_positions + model.position_offset
     tables = (model.vocab_size + positions + model.num_token_types) * dim
     attention = 4 * (dim * dim + dim)
@@ -80,7 +85,7 @@ def test_sizes(name):
     cfg = load(name)
     parameters, tokens = SIZES[name]
     assert cfg.name == name
-    assert count_parameters(cfg.model) == parameters
+    assert count_parameters(cfg) == parameters
     assert [stage.batch_size * stage.seq_len for stage in cfg.stages] == tokens
 
 
@@ -149,7 +154,15 @@ def test_what_makes_bert_and_roberta_differ():
     assert base == large
 
 
-@pytest.mark.parametrize("name", ["smoke", "bert_mini"])
+def test_masking_of_the_recipes_that_are_about_it():
+    decay = load("bert_mini_decay")
+    assert [float(scheduled_rates(decay, 0, step).rate) for step in (0, 2_400, 4_800)] == pytest.approx([0.3, 0.225, 0.15])
+    assert (decay.model, decay.optimizer) == (load("bert_mini").model, load("bert_mini").optimizer)
+    forty = load("bert_large_40").masking
+    assert (forty.rate, forty.mask_prob, forty.random_prob) == (0.4, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["smoke", "bert_mini", "bert_mini_decay"])
 def test_probes_have_a_mask(name):
     probes = load(name).evaluation.probes
     assert len(probes) == 3 and all(probe.count("[MASK]") == 1 for probe in probes)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlm_jax import masking
+from mlm_jax.masking import words
 
 LENGTH, ROWS = 64, 2048  # most tests share one shape: compiling takes longer than running
 TOKENIZER_SIZE, MODEL_SIZE = 120, 128
@@ -260,7 +261,7 @@ def test_greedy_passes_equal_the_sequential_walk(longest):
     rng = np.random.default_rng(longest)
     sizes = rng.integers(0, longest + 1, (2000, 40)).astype(np.int32)
     budgets = rng.integers(1, 60, 2000).astype(np.int32)
-    taken = jax.jit(jax.vmap(masking._take_in_order))(sizes, budgets)
+    taken = jax.jit(jax.vmap(words.take_in_order))(sizes, budgets)
     expected = np.stack([sequential_greedy(row, budget) for row, budget in zip(sizes, budgets, strict=True)])
     np.testing.assert_array_equal(taken, expected)
 

@@ -30,6 +30,7 @@ from tiny_step import (
 from mlm_jax.model.heads import gather_positions
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import mask_batch
+from mlm_jax.objectives.rates import constant_rates
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import divide
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
@@ -242,7 +243,7 @@ def test_only_hidden_states_that_are_predicted_from_have_a_gradient(one, monkeyp
 
     delta = on_devices(np.zeros((BATCH, LENGTH, CFG.model.embed_dim), np.float32), one)
     found = np.asarray(grad(delta, parameters_on(one), rows, tables_on(one)))
-    masked = mask_batch(rows, key, tables_on(one), CFG.masking, CFG.masking.rate)
+    masked = mask_batch(rows, key, tables_on(one), CFG.masking, constant_rates(CFG.masking))
     chosen = np.zeros((BATCH, LENGTH), bool)
     for row, positions, weights in zip(chosen, *map(np.asarray, (masked.positions_BP, masked.weights_BP)), strict=True):
         row[positions[weights > 0]] = True
@@ -279,7 +280,7 @@ def test_the_gradient_of_cross_entropy_is_the_softmax_less_the_target(one):
 def test_the_loss_is_the_mean_over_masked_positions_of_logits_everywhere(one):
     built, rows, vocab = objective(), on_devices(make_rows(), one), tables_on(one)
     params, key = parameters_on(one), jax.random.key(0)
-    masked = jax.device_get(mask_batch(rows, key, vocab, CFG.masking, CFG.masking.rate))
+    masked = jax.device_get(mask_batch(rows, key, vocab, CFG.masking, constant_rates(CFG.masking)))
     everywhere = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (BATCH, LENGTH))
     logits = np.asarray(
         jax.jit(built.logits, compiler_options=QUICK)(params, masked.inputs_BL, rows["segment_ids"], everywhere), np.float64

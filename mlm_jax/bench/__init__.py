@@ -21,6 +21,7 @@ from mlm_jax.bench.profile import Breakdown, profile_steps
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus, open_corpus
 from mlm_jax.data.loader import Rows, batches
+from mlm_jax.data.ngrams import read_ngrams
 from mlm_jax.errors import UserError
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
@@ -210,7 +211,8 @@ def _compile(step: Any, *arguments: Any) -> tuple[Any, float, bool]:
 
 def _vocab(cfg: Config, corpus: Corpus | None) -> VocabTables:
     if corpus is not None:
-        return vocab_tables(cfg, corpus.tokenizer)
+        ngrams = read_ngrams(cfg.masking.ngrams) if cfg.masking.ngrams else []
+        return vocab_tables(cfg, corpus.tokenizer, ngrams)
     tables = VocabTables.from_arrays(
         mask_id=SPECIAL_IDS - 1,
         special_ids=np.arange(SPECIAL_IDS),

@@ -33,6 +33,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "train.max_nonfinite",
         "evaluation.batch_size",
         "evaluation.max_rows",
+        "masking.max_words",
     ),
     "at least 0": (
         "model.position_offset",
@@ -45,6 +46,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "stages.learning_rate",
         "stages.warmup_steps",
         "evaluation.every",
+        "masking.schedule_start",
+        "masking.schedule_steps",
     ),
     "in [0, 1)": (
         "data.validation_fraction",
@@ -54,8 +57,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.b2",
         "optimizer.ema_decay",
         "stages.mask_rate",
+        "masking.rate_spread",
     ),
-    "in (0, 1)": ("masking.rate", "evaluation.mask_rate"),
+    "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate"),
     "in [0, 1]": ("masking.mask_prob", "masking.random_prob"),
 }
 _HOLDS: dict[str, Callable[[float], bool]] = {
@@ -90,6 +94,7 @@ def check(cfg: Config) -> None:
     )
     _check_model(cfg)
     _check_training(cfg)
+    _check_masking(cfg)
     for index, stage in enumerate(cfg.stages):
         _check_stage(cfg, f"stages[{index}]", stage)
 
@@ -126,15 +131,40 @@ def _check_model(cfg: Config) -> None:
 
 
 def _check_training(cfg: Config) -> None:
-    masking, optimizer = cfg.masking, cfg.optimizer
-    _require(
-        masking.mask_prob + masking.random_prob <= 1 + 1e-9,
-        f"masking.mask_prob={masking.mask_prob} and masking.random_prob={masking.random_prob} exceed 1 together",
-    )
+    optimizer = cfg.optimizer
     _require(
         optimizer.schedule != "wsd" or optimizer.decay_steps > 0,
         "optimizer.schedule='wsd' needs optimizer.decay_steps > 0",
     )
+
+
+def _check_masking(cfg: Config) -> None:
+    masking = cfg.masking
+    _require(
+        (masking.policy == "pmi") == bool(masking.ngrams),
+        f"masking.policy={masking.policy!r} with masking.ngrams={masking.ngrams!r}: "
+        "the policy 'pmi' needs a list of n-grams, and no other policy uses one",
+    )
+    values = {name: getattr(masking, name) for name in ("rate", "mask_prob", "random_prob")}
+    finals = {name: getattr(masking, f"final_{name}") for name in values}
+    finals = {name: value for name, value in finals.items() if value != -1}
+    _require(
+        (masking.schedule != "constant") == bool(finals),
+        f"masking.schedule={masking.schedule!r} with "
+        f"{', '.join(f'final_{name}={value}' for name, value in finals.items()) or 'no final value'}: "
+        "a constant schedule has none, and every other has one or more of final_rate, final_mask_prob, final_random_prob",
+    )
+    _require(
+        masking.schedule_start < cfg.total_steps and (masking.schedule != "step" or masking.schedule_start > 0),
+        f"masking.schedule_start={masking.schedule_start} must lie within the run's {cfg.total_steps} steps, and behind 0 "
+        "for the schedule 'step'",
+    )
+    for names, shares in (("masking.", values), ("masking.final_", values | finals)):
+        rate, spread = shares["rate"], masking.rate_spread
+        _require(spread < rate < 1 - spread, f"{names}rate={rate} with masking.rate_spread={spread} leaves (0, 1)")
+        shown, random = shares["mask_prob"], shares["random_prob"]
+        _require(min(shown, random) >= 0, f"{names}mask_prob={shown} or {names}random_prob={random} is negative")
+        _require(shown + random <= 1 + 1e-9, f"{names}mask_prob={shown} and {names}random_prob={random} exceed 1 together")
 
 
 def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
@@ -147,14 +177,26 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
         stage.batch_size % stage.accumulation == 0,
         f"{where}.batch_size={stage.batch_size} is no multiple of {where}.accumulation={stage.accumulation}",
     )
+    rate, spread = cfg.mask_rate(stage), cfg.masking.rate_spread
+    _require(spread < rate < 1 - spread, f"{where}.mask_rate={rate} with masking.rate_spread={spread} leaves (0, 1)")
+    rates = [rate] if stage.mask_rate else [rate, cfg.masking.final_rate]
+    budget = min(rate for rate in rates if rate != -1) * stage.seq_len
+    if cfg.masking.policy in ("span", "ngram"):
+        mean = sum(n * share for n, share in enumerate(cfg.masking.span_lengths, start=1))
+        _require(
+            budget >= mean,
+            f"masking.policy={cfg.masking.policy!r} draws {mean:.1f} words at a time, and rows of {where}.seq_len="
+            f"{stage.seq_len} have a budget of {budget:.1f} tokens: raise one of the two or lower masking.max_words",
+        )
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("mlm",),
     "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
-    "masking.policy": ("token", "whole_word"),
+    "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),
     "masking.random_from": ("regular", "vocab"),
+    "masking.schedule": ("constant", "linear", "cosine", "step"),
     "optimizer.name": ("adamw", "lamb"),
     "optimizer.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
     "compute.dtype": ("auto", "float32", "bfloat16"),

@@ -55,13 +55,30 @@ class ModelConfig:
 class MaskingConfig:
     """What is predicted and what the encoder sees in its place."""
 
-    policy: str = "token"  # token | whole_word
+    policy: str = "token"  # token | whole_word | span | ngram | pmi
     rate: float = 0.15  # of the row's real tokens
     mask_prob: float = 0.8  # of the chosen positions: shown as [MASK]
     random_prob: float = 0.1  # shown as a random token; the rest is shown unchanged
     random_from: str = "regular"  # regular | vocab: whether random tokens may be special ones (BERT: vocab)
     include_special: bool = False  # whether CLS and SEP may be chosen (fairseq's RoBERTa does)
     static: bool = False  # the same mask in every epoch (BERT's original data), for ablation
+    max_words: int = 10  # span and ngram: the longest stretch of whole words (ALBERT's n-grams: 3)
+    span_p: float = 0.2  # span: lengths are geometric with this parameter (ngram: in proportion to 1 / length)
+    rate_spread: float = 0.0  # each example draws its own rate, uniform within this distance of the rate
+    schedule: str = "constant"  # constant | linear | cosine | step: how rate and probabilities go to their final values
+    schedule_start: int = 0  # updates before they begin to move, or (step) before they change
+    schedule_steps: int = 0  # updates that they take for it; 0 lasts to the end of the run
+    final_rate: float = -1.0  # -1 stays as it began, here and below
+    final_mask_prob: float = -1.0
+    final_random_prob: float = -1.0
+    ngrams: str = ""  # pmi: a text file, an n-gram a line, whose words are masked together
+
+    @property
+    def span_lengths(self) -> tuple[float, ...]:
+        """For span and ngram, the probabilities of 1, 2, … words: cut off at `max_words`, where they sum to 1 again."""
+        lengths = range(1, self.max_words + 1)
+        weights = [1.0 / n if self.policy == "ngram" else (1.0 - self.span_p) ** (n - 1) for n in lengths]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +185,10 @@ class Config:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    def first_step(self, stage: int) -> int:
+        """The updates done before the stage of this index."""
+        return sum(earlier.steps for earlier in self.stages[:stage])
+
     def mask_rate(self, stage: StageConfig) -> float:
-        """The rate that a stage trains with."""
+        """The rate that a stage trains with, where no schedule moves it."""
         return stage.mask_rate or self.masking.rate

@@ -13,6 +13,7 @@ from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.heads import MaskedLanguageHead, gather_positions
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.network import Network
+from mlm_jax.objectives.rates import Rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 
 
@@ -65,8 +66,8 @@ class MaskedLM:
 
     def loss(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> LossSums:
         """Cross-entropy at the masked positions, and the accuracy there."""
-        rate = self.cfg.mask_rate(self.cfg.stages[self.stage])
-        masked = mask_batch(batch, keys.mask, vocab, self.cfg.masking, rate)
+        rates = scheduled_rates(self.cfg, self.stage, keys.step)
+        masked = mask_batch(batch, keys.mask, vocab, self.cfg.masking, rates)
         logits_BPV = self.logits(params, masked.inputs_BL, batch["segment_ids"], masked.positions_BP, keys.dropout)
         nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
         weight = masked.weights_BP.sum()
@@ -86,7 +87,7 @@ class MaskedLM:
 
 
 def mask_batch(
-    batch: Batch, key: jax.Array, vocab: masking.VocabTables, cfg: MaskingConfig, rate: float
+    batch: Batch, key: jax.Array, vocab: masking.VocabTables, cfg: MaskingConfig, rates: Rates
 ) -> masking.MaskedBatch:
     """A batch masked by a config's policy, each example by its own key, with room for what a full row needs."""
     with jax.named_scope("masking"):
@@ -96,11 +97,13 @@ def mask_batch(
             batch["tokens"],
             batch["segment_ids"],
             vocab,
-            rate=rate,
-            num_slots=masking.num_slots(batch["tokens"].shape[1], rate),
-            policy=cfg.policy,
-            mask_prob=cfg.mask_prob,
-            random_prob=cfg.random_prob,
+            rate=rates.rate,
+            num_slots=masking.num_slots(batch["tokens"].shape[1], rates.largest),
+            policy="span" if cfg.policy == "ngram" else cfg.policy,
+            mask_prob=rates.mask_prob,
+            random_prob=rates.random_prob,
             random_from=cfg.random_from,
             include_special=cfg.include_special,
+            rate_spread=cfg.rate_spread,
+            span_lengths=cfg.span_lengths,
         )

@@ -12,6 +12,7 @@ from mlm_jax.config import Config, MaskingConfig
 from mlm_jax.masking import VocabTables
 from mlm_jax.objectives import Batch, Keys, Objective, Params, Term
 from mlm_jax.objectives.mlm import mask_batch
+from mlm_jax.objectives.rates import constant_rates
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS, place, row_ways
 
@@ -32,7 +33,7 @@ def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
     @jax.jit
     def eval_step(params: Params, batch: Batch, vocab: VocabTables, log_unigram_V: jax.Array) -> dict[str, Term]:
         key = jax.random.key(cfg.evaluation.seed)
-        masked = mask_batch(batch, key, vocab, frozen, frozen.rate)
+        masked = mask_batch(batch, key, vocab, frozen, constant_rates(frozen))
         logits_BPV = objective.logits(params, masked.inputs_BL, batch["segment_ids"], masked.positions_BP)
         nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
         weights_BP = masked.weights_BP

@@ -1,7 +1,7 @@
 """What a step takes, on its devices: the vocabulary's tables, and batches, of which a process reads its devices' rows."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -9,20 +9,22 @@ import numpy as np
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus
 from mlm_jax.data.loader import Rows, batches
+from mlm_jax.data.ngrams import encode_ngrams
 from mlm_jax.data.tokenizer import Tokenizer
-from mlm_jax.masking import VocabTables
+from mlm_jax.masking import NgramTable, VocabTables
 from mlm_jax.sharding import ROWS, local_rows, place
 
 STEPS_AHEAD = 2
 
 
-def vocab_tables(cfg: Config, tokenizer: Tokenizer) -> VocabTables:
-    """The tokenizer's tables, replicated over the current mesh."""
+def vocab_tables(cfg: Config, tokenizer: Tokenizer, ngrams: Sequence[str] = ()) -> VocabTables:
+    """The tokenizer's tables, replicated over the current mesh, with those of `ngrams` where there are any."""
     tables = VocabTables.from_arrays(
         mask_id=tokenizer.mask_id,
         special_ids=tokenizer.special_ids,
         word_starts=tokenizer.word_starts(),
         vocab_size=cfg.model.vocab_size,
+        ngrams=NgramTable.from_sequences(*encode_ngrams(ngrams, tokenizer)) if ngrams else None,
     )
     replicated: VocabTables = place(tables, jax.P())
     return replicated

@@ -19,6 +19,7 @@ from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus, open_corpus
 from mlm_jax.data.loader import Rows
+from mlm_jax.data.ngrams import read_ngrams
 from mlm_jax.data.prepare import prepare
 from mlm_jax.distributed import Peers
 from mlm_jax.errors import MachineError, UserError
@@ -102,6 +103,8 @@ def _open(cfg: Config, workdir: Workdir, data_dir: str | os.PathLike[str], worke
         workdir.open_for_training(cfg)
         corpus = prepare(cfg, data_dir, workers)
         workdir.write_language(corpus.tokenizer, corpus.unigrams)
+        if cfg.masking.ngrams:
+            workdir.keep_ngrams(read_ngrams(cfg.masking.ngrams))
         peers.announce()
         return corpus
     peers.wait_for_primary()
@@ -133,7 +136,7 @@ class _Run:
         self.profile, self.received, self.is_primary = profile if is_primary else None, received, is_primary
         self.compute = Compute.resolve(cfg.compute)
         self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
-        self.vocab = vocab_tables(cfg, corpus.tokenizer)
+        self.vocab = vocab_tables(cfg, corpus.tokenizer, workdir.read_ngrams())
         self.log_unigram_V = place(workdir.log_unigrams(cfg.model.vocab_size), jax.P())
         self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
         self.objective = make_objective(cfg, self.compute)
@@ -167,8 +170,7 @@ class _Run:
     ) -> TrainState:
         cfg = self.cfg
         objective = make_objective(cfg, self.compute, index)
-        first_step = sum(earlier.steps for earlier in cfg.stages[:index])
-        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=first_step)
+        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=cfg.first_step(index))
         validation = self._freeze_validation(stage)
         feed = device_batches(self.corpus, stage, self.mesh, seed=cfg.seed, num_steps=last - first, seen=seen)
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
@@ -261,6 +263,7 @@ class _Run:
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_second": tokens_per_second,
             "fill_rate": means["row_fill"],
+            "predicted": means["predicted"],
             "skipped": int(interval["skipped"].sum),
             "stage": stage_index,
         }
