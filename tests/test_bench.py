@@ -154,6 +154,12 @@ def test_mistakes_are_told_before_anything_runs(arguments: dict[str, Any], messa
         run_bench(TINY, **arguments)
 
 
+def test_a_peer_has_one_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlm_jax.bench.check_installed", lambda peer: None)
+    with pytest.raises(UserError, match="--peer=hf trains by masked language modelling"):
+        run_bench(dataclasses.replace(TINY, objective="span"), peer="hf")
+
+
 def test_a_missing_peer_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"needs torch.*pip install mlm-jax\[peers\]"):

@@ -111,11 +111,12 @@ def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "own"),
     [
+        (("objective=span", "masking.policy=span", "masking.rate=0.25"), ["sbo", "sbo_accuracy"]),
         (("masking.policy=pmi", "masking.schedule=linear", "masking.final_rate=0.3"), []),
     ],
-    ids=["pmi"],
+    ids=["span", "pmi"],
 )
-def test_another_policy_by_the_config_alone(train, tmp_path, capsys, overrides, own):
+def test_another_objective_and_policy_by_the_config_alone(train, tmp_path, capsys, overrides, own):
     if "masking.policy=pmi" in overrides:
         (tmp_path / "list.txt").write_text("meets the\npast seven towns\n")
         overrides = (*overrides, f"masking.ngrams={tmp_path / 'list.txt'}")

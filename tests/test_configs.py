@@ -30,6 +30,7 @@ SIZES = {
     "bert_large_lamb": (335_174_458, [8_388_608, 16_777_216]),
     "roberta_base": (124_696_665, [1_048_576]),
     "roberta_large": (355_411_033, [4_194_304]),
+    "spanbert_large": (336_998_976, [131_072]),
 }
 
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
@@ -43,6 +44,7 @@ RATES = {
     "bert_large_lamb": {2_001: 6e-3, 7_037: 6e-3 / 5_037, 7_038: 0.0, 7_138: 2e-3, 7_238: 4e-3, 8_601: 0.0},
     "roberta_base": {5_000: 2.5e-4, 10_000: 5e-4, 67_500: 2.5e-4, 125_000: 0.0},
     "roberta_large": {15_000: 2e-4, 30_000: 4e-4, 265_000: 2e-4, 500_000: 0.0},
+    "spanbert_large": {5_000: 5e-5, 10_000: 1e-4, 1_205_000: 5e-5, 2_400_000: 0.0},
 }
 
 
@@ -58,6 +60,10 @@ def count_parameters(cfg: config.Config) -> int:
     attention = 4 * (dim * dim + dim)
     mlp = 2 * dim * model.mlp_dim + model.mlp_dim + dim
     head = dim * dim + dim + norm + model.vocab_size
+    if cfg.objective == "span":
+        span = cfg.span_boundary
+        inputs = 2 * dim + span.position_dim
+        head += span.max_targets * span.position_dim + inputs * dim + dim * dim + 2 * (dim + norm) + model.vocab_size
     return tables + norm + model.num_layers * (attention + mlp + 2 * norm) + head
 
 
@@ -160,6 +166,8 @@ def test_masking_of_the_recipes_that_are_about_it():
     assert (decay.model, decay.optimizer) == (load("bert_mini").model, load("bert_mini").optimizer)
     forty = load("bert_large_40").masking
     assert (forty.rate, forty.mask_prob, forty.random_prob) == (0.4, 1.0, 0.0)
+    spans = load("spanbert_large").masking
+    assert len(spans.span_lengths) == 10 and spans.span_lengths[0] == pytest.approx(0.2 / (1 - 0.8**10))
 
 
 @pytest.mark.parametrize("name", ["smoke", "bert_mini", "bert_mini_decay"])

@@ -25,6 +25,7 @@ SCHEDULED = {"rate": 0.4, "schedule": "linear", "final_rate": 0.2, "rate_spread"
 VARIANTS = {
     "mlm": CFG,
     "scheduled": dataclasses.replace(CFG, masking=MaskingConfig(policy="ngram", max_words=3, **SCHEDULED)),
+    "span": dataclasses.replace(CFG, objective="span", masking=MaskingConfig(policy="span", rate=0.3)),
 }
 EXAMPLE = "mlm_z"
 NEW = [name for name in VARIANTS if name != "mlm"]  # test_step.py and test_one_program.py are about `mlm`
@@ -172,3 +173,24 @@ def test_one_trace_a_falling_loss_and_a_continuation_that_is_exact(name, one, tm
     assert rest == losses[20:]
     for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+def test_rows_without_spans_count_for_nothing(one):
+    """Where no stretch has two ends, the second loss is 0 and not NaN."""
+    objective = build("span")
+    rows = make_rows()
+    rows["segment_ids"][:] = 0
+    rows["tokens"][:, :3], rows["segment_ids"][:, :3] = (2, 50, 3), 1  # a stretch of one token touches both ends
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def grad(params, batch, vocab):
+        def loss(params):
+            sums = objective.loss(params, batch, Keys(jax.random.key(0), None), vocab)
+            return sum(term.mean() for term in sums.losses.values()), sums
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, sums = jax.device_get(grad(weights("span"), on_devices(rows, one), tables_on(one)))
+    assert sums.losses["sbo"] == (0.0, 0.0) and sums.losses["mlm"].weight == len(rows["tokens"])
+    assert all((grad == 0).all() for grad in jax.tree.leaves(grads["span_head"]))
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))

@@ -71,6 +71,10 @@ def run_bench(
             raise UserError(f"--{name}={value} must be positive")
     if peer is not None:
         check_installed(peer)
+        if cfg.objective != "mlm":
+            raise UserError(
+                f"--peer={peer} trains by masked language modelling, and {cfg.name} has objective={cfg.objective!r}"
+            )
         # The peer needs memory of the same device, of which JAX would else take three quarters when it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     stage, machine = cfg.stages[stage_index], _machine()

@@ -34,6 +34,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "evaluation.batch_size",
         "evaluation.max_rows",
         "masking.max_words",
+        "span_boundary.max_targets",
+        "span_boundary.position_dim",
     ),
     "at least 0": (
         "model.position_offset",
@@ -48,6 +50,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "evaluation.every",
         "masking.schedule_start",
         "masking.schedule_steps",
+        "span_boundary.loss_weight",
     ),
     "in [0, 1)": (
         "data.validation_fraction",
@@ -141,6 +144,11 @@ def _check_training(cfg: Config) -> None:
 def _check_masking(cfg: Config) -> None:
     masking = cfg.masking
     _require(
+        cfg.objective != "span" or masking.policy in ("span", "ngram"),
+        f"objective='span' predicts tokens from the ends of masked spans, of which masking.policy={masking.policy!r} "
+        "makes none: set it to 'span' or 'ngram'",
+    )
+    _require(
         (masking.policy == "pmi") == bool(masking.ngrams),
         f"masking.policy={masking.policy!r} with masking.ngrams={masking.ngrams!r}: "
         "the policy 'pmi' needs a list of n-grams, and no other policy uses one",
@@ -191,7 +199,7 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("mlm",),
+    "objective": ("mlm", "span"),
     "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),

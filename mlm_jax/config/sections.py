@@ -82,6 +82,15 @@ class MaskingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpanBoundaryConfig:
+    """For the objective 'span': each masked token is also predicted from the two ends of its span."""
+
+    max_targets: int = 15  # tokens of a span that are, counted from its left end
+    position_dim: int = 200  # of the embeddings of their distance from there
+    loss_weight: float = 1.0  # of this prediction, beside that of masked tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule and the learning-rate curve over the whole run (a stage may restart it)."""
 
@@ -168,12 +177,13 @@ class Config:
 
     name: str
     seed: int = 0
-    objective: str = "mlm"
+    objective: str = "mlm"  # mlm | span
     reference_topology: str = ""  # where the recipe is known to fit, as `compile` names it: v5e:4x4; empty for a CPU
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
+    span_boundary: SpanBoundaryConfig = SpanBoundaryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     compute: ComputeConfig = ComputeConfig()

@@ -1,10 +1,11 @@
-"""Output heads on the encoder: the masked-language-model head, on gathered positions only."""
+"""Output heads on the encoder, on gathered positions only: for masked tokens, and for tokens between two ends."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlm_jax.config import ModelConfig
+from mlm_jax.config import ModelConfig, SpanBoundaryConfig
+from mlm_jax.model.embeddings import lookup
 from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, parameter, weight_init
 from mlm_jax.sharding import SHARDING
 
@@ -37,11 +38,60 @@ class MaskedLanguageHead(nnx.Module):
             x_BPD = ACTIVATIONS[self.cfg.activation](add_bias(x_BPD, self.transform_bias_D[...], (2,)))
             x_BPD = self.norm(x_BPD)
             decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
-            logits_BPV = jnp.einsum(
-                "BPD,VD->BPV",
-                x_BPD,
-                decoder_VD,
-                out_sharding=SHARDING.logits_BPV,
-                preferred_element_type=jnp.float32,
-            )
-            return add_bias(logits_BPV, self.output_bias_V[...], (2,))
+            return decode(x_BPD, decoder_VD, self.output_bias_V[...])
+
+
+class SpanBoundaryHead(nnx.Module):
+    """A masked token from the hidden states of its span's ends and its distance from the left one.
+
+    Two layers, each dense, activation and layer norm, then the decoder (the embedding table when tied) and a bias of its
+    own. The first layer reads [left; right; position], here as a sum of three products.
+
+    Source: Joshi et al., 2020, section 3.2; facebookresearch/SpanBERT:pretraining/fairseq/models/pair_bert.py.
+    """
+
+    def __init__(self, cfg: ModelConfig, span: SpanBoundaryConfig, *, rngs: nnx.Rngs):
+        init, zeros, dim = weight_init(cfg), jax.nn.initializers.zeros, cfg.embed_dim
+        self.left_DD = parameter(rngs, init, (dim, dim), SHARDING.transform_DD)
+        self.right_DD = parameter(rngs, init, (dim, dim), SHARDING.transform_DD)
+        self.positions_TE = parameter(rngs, init, (span.max_targets, span.position_dim), SHARDING.table)
+        self.position_ED = parameter(rngs, init, (span.position_dim, dim), SHARDING.table)
+        self.first_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
+        self.first_norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
+        self.second_DD = parameter(rngs, init, (dim, dim), SHARDING.transform_DD)
+        self.second_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
+        self.second_norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
+        if not cfg.tie_embeddings:
+            self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, dim), SHARDING.embedding_VD)
+        self.output_bias_V = parameter(rngs, zeros, (cfg.vocab_size,), SHARDING.output_bias_V)
+        self.cfg = cfg
+
+    def __call__(
+        self, left_BPD: jax.Array, right_BPD: jax.Array, offsets_BP: jax.Array, embedding_VD: jax.Array
+    ) -> jax.Array:
+        """Logits [B, P, V] in float32, sharded as those of masked tokens are.
+
+        Args:
+            offsets_BP: int32 in [0, max_targets): 0 for the token next to the left end.
+        """
+        with jax.named_scope("head"):
+            activation = ACTIVATIONS[self.cfg.activation]
+            x_BPD = _dense(left_BPD, self.left_DD) + _dense(right_BPD, self.right_DD)
+            x_BPD += _dense(lookup(self.positions_TE[...], offsets_BP), self.position_ED)
+            x_BPD = self.first_norm(activation(add_bias(x_BPD, self.first_bias_D[...], (2,))))
+            x_BPD = _dense(x_BPD, self.second_DD)
+            x_BPD = self.second_norm(activation(add_bias(x_BPD, self.second_bias_D[...], (2,))))
+            decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
+            return decode(x_BPD, decoder_VD, self.output_bias_V[...])
+
+
+def decode(hidden_BPD: jax.Array, decoder_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
+    """Logits [B, P, V] in float32, sharded over the vocabulary where the mesh has a tensor axis."""
+    logits_BPV = jnp.einsum(
+        "BPD,VD->BPV", hidden_BPD, decoder_VD, out_sharding=SHARDING.logits_BPV, preferred_element_type=jnp.float32
+    )
+    return add_bias(logits_BPV, bias_V, (2,))
+
+
+def _dense(input_BPE: jax.Array, kernel_ED: nnx.Param[jax.Array]) -> jax.Array:
+    return jnp.einsum("BPE,ED->BPD", input_BPE, kernel_ED[...], out_sharding=SHARDING.hidden_BLD)
