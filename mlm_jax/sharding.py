@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from mlm_jax.config import ModelConfig, ShardingConfig, StageConfig
+from mlm_jax.config import Config, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
 
 AXES = ("slice", "data", "fsdp", "tensor")  # from the slowest network to the fastest
@@ -147,11 +147,13 @@ def row_ways(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def check_model(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a model whose width the mesh's fsdp axis, possibly the devices that were left, does not divide."""
+def check_networks(cfg: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses networks whose widths the mesh's fsdp axis, possibly the devices that were left, does not divide."""
     ways = mesh.shape["fsdp"]
-    if model.embed_dim % ways:
-        raise UserError(f"model.embed_dim={model.embed_dim} cannot be divided over fsdp={ways} devices; set sharding.fsdp")
+    for where, model in cfg.networks.items():
+        for name, size in (("embed_dim", model.embed_dim), ("table_dim", model.table_dim)):
+            if size % ways:
+                raise UserError(f"{where}{name}={size} cannot be divided over fsdp={ways} devices; set sharding.fsdp")
 
 
 def check_batch(stage: StageConfig, mesh: jax.sharding.Mesh, where: str) -> None:

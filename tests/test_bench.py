@@ -154,10 +154,10 @@ def test_mistakes_are_told_before_anything_runs(arguments: dict[str, Any], messa
         run_bench(TINY, **arguments)
 
 
-def test_a_peer_has_one_objective(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlm_jax.bench.check_installed", lambda peer: None)
-    with pytest.raises(UserError, match="--peer=hf trains by masked language modelling"):
-        run_bench(dataclasses.replace(TINY, objective="span"), peer="hf")
+@pytest.mark.parametrize("change", [{"objective": "rtd"}, {"objective": "span"}, {"model": dataclasses.replace(TINY.model, table_dim=8)}])
+def test_what_the_peers_are_not_is_not_compared_with_them(change) -> None:
+    with pytest.raises(UserError, match="the peers are BERT"):
+        run_bench(dataclasses.replace(TINY, **change), peer="hf")
 
 
 def test_a_missing_peer_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,12 @@ CHECKS = [
     ("sharding.zero=True sharding.data=1", "sharding.zero=True divides the state over data, but sharding.data=1"),
     ("sharding.tensor=3", "sharding.tensor=3 must divide model.num_heads=4"),
     ("reference_topology=v5e-16", "reference_topology='v5e-16' is not like v5e:4x4"),
-    ("objective=mlmm", "objective='mlmm' is none of mlm, span; did you mean 'mlm'?"),
+    ("rtd.generator_size=0", "rtd.generator_size=0.0 must be in (0, 1]"),
+    ("rtd.generator_size=1.5", "rtd.generator_size=1.5 must be in (0, 1]"),
+    ("rtd.generator_layers=0", "rtd.generator_layers=0.0 must be in (0, 1]"),
+    ("rtd.discriminator_weight=-1", "rtd.discriminator_weight=-1.0 must be at least 0"),
+    ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
+    ("objective=mlmm", "objective='mlmm' is none of mlm, span, rtd; did you mean 'mlm'?"),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
     ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu; did you mean"),
     ("masking.policy=word", "masking.policy='word' is none of token, whole_word, span, ngram, pmi"),
@@ -255,6 +260,23 @@ CHECKS = [
 def test_each_relation_between_fields_is_checked(recipe, override, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(recipe, override.split())
+
+
+def test_a_generator_that_cannot_be_built_says_what_can(recipe):
+    load_config(recipe, ["objective=rtd"])
+    load_config(recipe, ["rtd.generator_size=0.45"])  # another objective has none
+    message = "rtd.generator_size=0.45 makes a generator of width 29, mlp 461 and 2 head(s), which must divide the width"
+    with pytest.raises(
+        UserError, match=re.escape(message) + ".*whole heads of the model's 4, as rtd.generator_size=0.5 does"
+    ):
+        load_config(recipe, ["objective=rtd", "rtd.generator_size=0.45"])
+    load_config(recipe, ["objective=rtd", "rtd.generator_size=0.5"])
+    with pytest.raises(UserError, match=r"sharding.tensor=2 must divide the generator's num_heads=1"):
+        load_config(recipe, ["objective=rtd", "sharding.tensor=2"])
+    with pytest.raises(UserError, match=r"sharding.fsdp=32 must divide the generator's embed_dim=16"):
+        load_config(recipe, ["objective=rtd", "sharding.fsdp=32"])
+    with pytest.raises(UserError, match=r"sharding.fsdp=32 must divide model.table_dim=16"):
+        load_config(recipe, ["model.table_dim=16", "sharding.fsdp=32"])
 
 
 # What would otherwise end as a traceback, or as nonsense, after the corpus has been prepared.

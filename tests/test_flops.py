@@ -6,6 +6,8 @@ import jax
 import pytest
 
 from mlm_jax import config, flops
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives import make_objective
 
 BASE = config.ModelConfig(vocab_size=30522, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072)
 LARGE = config.ModelConfig(vocab_size=30522, num_layers=24, embed_dim=1024, num_heads=16, mlp_dim=4096)
@@ -37,6 +39,16 @@ def test_a_tiny_model_by_hand():
     model = config.ModelConfig(vocab_size=10, num_layers=1, embed_dim=4, num_heads=1, mlp_dim=8)
     forward = 2 * 128 + 2 * 2 * 3 * 4 + 0.5 * 2 * 56
     assert flops.train_flops_per_token(model, 3.0, 0.5) == pytest.approx(3 * forward)
+
+
+def test_two_networks_and_a_projection_by_hand():
+    # Tables of 2 projected to 8 and to 4. Discriminator: 2·8 + (4·8·8 + 2·8·16) weights and a head of 8·8 + 8 for every
+    # token. Generator: 2·4 + (4·4·4 + 2·4·8) weights, and 4·2 + 2·10 for half of the tokens. Scores and mixing 4·S·D.
+    model = config.ModelConfig(vocab_size=10, num_layers=1, embed_dim=8, table_dim=2, num_heads=2, mlp_dim=16)
+    cfg = config.Config(name="x", objective="rtd", model=model, rtd=config.RtdConfig(generator_size=0.5))
+    objective = make_objective(cfg, Compute.resolve(cfg.compute))
+    forward = 2 * (16 + 512 + 72) + 4 * 3 * 8 + 2 * (8 + 128) + 4 * 3 * 4 + 0.5 * 2 * 28
+    assert objective.flops_per_token(3.0, 0.5) == pytest.approx(3 * forward)
 
 
 @pytest.mark.parametrize(

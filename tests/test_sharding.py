@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mlm_jax.config import ModelConfig, ShardingConfig, StageConfig
+from mlm_jax.config import Config, ModelConfig, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
-from mlm_jax.sharding import AXES, check_batch, check_model, divide, gather, local_rows, make_mesh
+from mlm_jax.sharding import AXES, check_batch, check_networks, divide, gather, local_rows, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,10 @@ def test_each_slice_of_tpus_is_one_block_of_the_mesh(monkeypatch):
 def test_a_model_and_a_batch_that_the_mesh_cannot_divide_are_refused():
     mesh = make_mesh(ShardingConfig(slice=2, data=2, fsdp=2))
     with pytest.raises(UserError, match="embed_dim=65 cannot be divided over fsdp=2 devices"):
-        check_model(ModelConfig(embed_dim=65), mesh)
+        check_networks(Config(name="x", model=ModelConfig(embed_dim=65)), mesh)
+    rtd = Config(name="x", objective="rtd", model=ModelConfig(embed_dim=20, num_heads=4))
+    with pytest.raises(UserError, match="the generator's embed_dim=5 cannot be divided over fsdp=2 devices"):
+        check_networks(rtd, mesh)
     check_batch(StageConfig(batch_size=16, accumulation=2), mesh, "stages[0]")
     with pytest.raises(UserError, match=r"of 4 rows .* cannot be divided over slice × data × fsdp = 8 devices"):
         check_batch(StageConfig(batch_size=16, accumulation=4), mesh, "stages[0]")

@@ -70,11 +70,9 @@ def run_bench(
         if value < 1:
             raise UserError(f"--{name}={value} must be positive")
     if peer is not None:
+        if cfg.objective != "mlm" or cfg.model.table_dim:
+            raise UserError(f"--peer={peer}: the peers are BERT, with objective 'mlm' and model.table_dim=0; leave it out")
         check_installed(peer)
-        if cfg.objective != "mlm":
-            raise UserError(
-                f"--peer={peer} trains by masked language modelling, and {cfg.name} has objective={cfg.objective!r}"
-            )
         # The peer needs memory of the same device, of which JAX would else take three quarters when it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     stage, machine = cfg.stages[stage_index], _machine()

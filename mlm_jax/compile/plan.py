@@ -80,7 +80,7 @@ def own_candidate(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) 
 def enumerate_candidates(cfg: Config, stage_index: int, num_devices: int, num_slices: int) -> Iterator[Candidate]:
     """All combinations that divide the devices and the batch evenly."""
     stage = cfg.stages[stage_index]
-    for sharding in _shardings(cfg.model, num_devices, num_slices):
+    for sharding in _shardings(list(cfg.networks.values()), num_devices, num_slices):
         rows, rest = divmod(stage.batch_size, num_devices // sharding.tensor)
         if rest:
             continue
@@ -89,14 +89,15 @@ def enumerate_candidates(cfg: Config, stage_index: int, num_devices: int, num_sl
                 yield Candidate(sharding, accumulation, remat, layers)
 
 
-def _shardings(model: ModelConfig, num_devices: int, num_slices: int) -> Iterator[ShardingConfig]:
-    """Sizes are written out, so that a plan means the same wherever it is read."""
+def _shardings(models: Sequence[ModelConfig], num_devices: int, num_slices: int) -> Iterator[ShardingConfig]:
+    """Those that divide every network. Sizes are written out, so that a plan means the same wherever it is read."""
     inside = num_devices // num_slices
+    widths = [size for model in models for size in (model.embed_dim, model.table_dim)]
     for tensor in (size for size in (1, 2, 4, 8) if inside % size == 0):
-        if any(size % tensor for size in (model.num_heads, model.mlp_dim, model.vocab_size)):
+        if any(size % tensor for model in models for size in (model.num_heads, model.mlp_dim, model.vocab_size)):
             continue
         for fsdp in sorted({1, min(8, inside // tensor), inside // tensor}):
-            if (inside // tensor) % fsdp or model.embed_dim % fsdp:
+            if (inside // tensor) % fsdp or any(width % fsdp for width in widths):
                 continue
             data = inside // tensor // fsdp
             yield ShardingConfig(slice=num_slices, data=data, fsdp=fsdp, tensor=tensor)

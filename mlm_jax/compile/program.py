@@ -15,7 +15,7 @@ from mlm_jax.masking import VocabTables
 from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Objective, make_objective
-from mlm_jax.sharding import ROWS, check_batch, check_model, make_mesh
+from mlm_jax.sharding import ROWS, check_batch, check_networks, make_mesh
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step
@@ -70,7 +70,7 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
     """
     stage = cfg.stages[stage_index]
     mesh = make_mesh(cfg.sharding, devices)
-    check_model(cfg.model, mesh)
+    check_networks(cfg, mesh)
     check_batch(stage, mesh, f"stages[{stage_index}]")
     with jax.set_mesh(mesh):
         compute = Compute.resolve(cfg.compute, devices[0].platform)

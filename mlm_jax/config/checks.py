@@ -40,6 +40,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
     "at least 0": (
         "model.position_offset",
         "model.num_token_types",
+        "model.table_dim",
+        "rtd.generator_weight",
+        "rtd.discriminator_weight",
         "optimizer.warmup_steps",
         "optimizer.decay_steps",
         "optimizer.weight_decay",
@@ -64,6 +67,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
     ),
     "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate"),
     "in [0, 1]": ("masking.mask_prob", "masking.random_prob"),
+    "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers"),
 }
 _HOLDS: dict[str, Callable[[float], bool]] = {
     "positive": lambda value: value > 0,
@@ -71,6 +75,7 @@ _HOLDS: dict[str, Callable[[float], bool]] = {
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1)": lambda value: 0 < value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
 }
 
 
@@ -127,10 +132,23 @@ def _check_model(cfg: Config) -> None:
         not sharding.zero or sharding.data != 1,
         "sharding.zero=True divides the state over data, but sharding.data=1: set it to -1 or leave zero out",
     )
-    for axis, fields in (("tensor", ("num_heads", "mlp_dim", "vocab_size")), ("fsdp", ("embed_dim",))):
-        for name in fields:
-            ways, size = getattr(sharding, axis), getattr(model, name)
-            _require(ways == -1 or size % ways == 0, f"sharding.{axis}={ways} must divide model.{name}={size}")
+    if cfg.objective == "rtd":
+        _check_generator(cfg)
+    for axis, fields in (("tensor", ("num_heads", "mlp_dim", "vocab_size")), ("fsdp", ("embed_dim", "table_dim"))):
+        for where, network in cfg.networks.items():
+            for name in fields:
+                ways, size = getattr(sharding, axis), getattr(network, name)
+                _require(ways == -1 or size % ways == 0, f"sharding.{axis}={ways} must divide {where}{name}={size}")
+
+
+def _check_generator(cfg: Config) -> None:
+    generator, heads = cfg.rtd.generator(cfg.model), cfg.model.num_heads
+    _require(
+        generator.embed_dim > 0 and generator.mlp_dim > 0 and generator.embed_dim % generator.num_heads == 0,
+        f"rtd.generator_size={cfg.rtd.generator_size} makes a generator of width {generator.embed_dim}, mlp "
+        f"{generator.mlp_dim} and {generator.num_heads} head(s), which must divide the width: give it whole heads of the "
+        f"model's {heads}, as rtd.generator_size={generator.num_heads / heads:.4g} does",
+    )
 
 
 def _check_training(cfg: Config) -> None:
@@ -199,12 +217,13 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("mlm", "span"),
+    "objective": ("mlm", "span", "rtd"),
     "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),
+    "rtd.embedding_sharing": ("tied", "disentangled"),
     "optimizer.name": ("adamw", "lamb"),
     "optimizer.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
     "compute.dtype": ("auto", "float32", "bfloat16"),

@@ -33,6 +33,7 @@ class ModelConfig:
     vocab_size: int = 8192
     num_layers: int = 4
     embed_dim: int = 256
+    table_dim: int = 0  # width of the embedding tables, projected to embed_dim (ELECTRA-small: 128); 0: embed_dim itself
     num_heads: int = 4
     mlp_dim: int = 1024
     max_positions: int = 512
@@ -49,6 +50,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    @property
+    def embedding_dim(self) -> int:
+        """The width of the embedding tables."""
+        return self.table_dim or self.embed_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,28 @@ class SpanBoundaryConfig:
     max_targets: int = 15  # tokens of a span that are, counted from its left end
     position_dim: int = 200  # of the embeddings of their distance from there
     loss_weight: float = 1.0  # of this prediction, beside that of masked tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RtdConfig:
+    """Replaced-token detection: `model` is the discriminator, and the generator a fraction of it with the same tables."""
+
+    generator_size: float = 0.25  # of the discriminator's width, heads and mlp
+    generator_layers: float = 1.0  # of its layers
+    generator_weight: float = 1.0  # of the loss of each network
+    discriminator_weight: float = 50.0
+    embedding_sharing: str = "tied"  # tied (ELECTRA) | disentangled (DeBERTaV3: the generator's, fixed, plus a difference)
+
+    def generator(self, model: ModelConfig) -> ModelConfig:
+        """The generator's architecture: each size rounded, at least one layer and one head."""
+        return dataclasses.replace(
+            model,
+            num_layers=max(1, round(model.num_layers * self.generator_layers)),
+            embed_dim=round(model.embed_dim * self.generator_size),
+            table_dim=model.embedding_dim,
+            num_heads=max(1, round(model.num_heads * self.generator_size)),
+            mlp_dim=round(model.mlp_dim * self.generator_size),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +212,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
     span_boundary: SpanBoundaryConfig = SpanBoundaryConfig()
+    rtd: RtdConfig = RtdConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     compute: ComputeConfig = ComputeConfig()
@@ -198,6 +227,12 @@ class Config:
     def first_step(self, stage: int) -> int:
         """The updates done before the stage of this index."""
         return sum(earlier.steps for earlier in self.stages[:stage])
+
+    @property
+    def networks(self) -> dict[str, ModelConfig]:
+        """The architecture of each network that the objective trains, by what stands before its fields in a message."""
+        generator = {"the generator's ": self.rtd.generator(self.model)} if self.objective == "rtd" else {}
+        return {"model.": self.model} | generator
 
     def mask_rate(self, stage: StageConfig) -> float:
         """The rate that a stage trains with, where no schedule moves it."""

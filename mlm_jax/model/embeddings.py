@@ -27,14 +27,13 @@ class Embeddings(nnx.Module):
     """Source: BERT section 3 (Devlin et al., 2019); RoBERTa's tables start after the padding id (fairseq)."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        init = weight_init(cfg)
-        self.tokens_VD = parameter(rngs, init, (cfg.vocab_size, cfg.embed_dim), SHARDING.embedding_VD)
+        init, dim = weight_init(cfg), cfg.embedding_dim
+        self.tokens_VD = parameter(rngs, init, (cfg.vocab_size, dim), SHARDING.embedding_VD)
         positions = cfg.max_positions + cfg.position_offset
-        self.positions_LD = parameter(rngs, init, (positions, cfg.embed_dim), SHARDING.table)
+        self.positions_LD = parameter(rngs, init, (positions, dim), SHARDING.table)
         if cfg.num_token_types:
-            shape = (cfg.num_token_types, cfg.embed_dim)
-            self.token_types_TD = parameter(rngs, init, shape, SHARDING.table)
-        self.norm = LayerNorm(cfg.embed_dim, cfg.norm_eps, rngs=rngs)
+            self.token_types_TD = parameter(rngs, init, (cfg.num_token_types, dim), SHARDING.table)
+        self.norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
         self.cfg = cfg
 
     def __call__(

@@ -82,10 +82,18 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Source: BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019), by the fields of `ModelConfig`."""
+    """Source: BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019), by the fields of `ModelConfig`.
+
+    Tables of another width than the model's are projected to it after their norm (google-research/electra:modeling.py).
+    """
 
     def __init__(self, cfg: ModelConfig, compute: Compute, *, rngs: nnx.Rngs):
         self.embeddings = Embeddings(cfg, rngs=rngs)
+        if cfg.embedding_dim != cfg.embed_dim:
+            # TensorFlow's default, which ELECTRA keeps here.
+            glorot, shape = jax.nn.initializers.glorot_uniform(), (cfg.embedding_dim, cfg.embed_dim)
+            self.projection_ED = parameter(rngs, glorot, shape, SHARDING.transform_DD)
+            self.projection_bias_D = parameter(rngs, jax.nn.initializers.zeros, shape[1:], SHARDING.vector)
         keys_N = jax.random.split(rngs.params(), cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys_N)
         self.cfg, self.compute = cfg, compute
@@ -118,6 +126,9 @@ class Encoder(nnx.Module):
             None if keys is None else keys[-1],
             compute.dtype,
         )
+        if cfg.embedding_dim != cfg.embed_dim:
+            hidden_BLD = jnp.einsum("BLE,ED->BLD", hidden_BLD, self.projection_ED[...], out_sharding=SHARDING.hidden_BLD)
+            hidden_BLD = add_bias(hidden_BLD, self.projection_bias_D[...], (2,))
         layer_keys_N = None if keys is None else keys[:-1]
 
         def apply(hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:

@@ -1,4 +1,4 @@
-"""Output heads on the encoder, on gathered positions only: for masked tokens, and for tokens between two ends."""
+"""Output heads on the encoder: for masked tokens and for tokens between two ends, on gathered positions only; the detector's."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,18 @@ def gather_positions(hidden_BLD: jax.Array, positions_BP: jax.Array) -> jax.Arra
 class MaskedLanguageHead(nnx.Module):
     """Dense, activation, layer norm, then the decoder (the embedding table when tied) and a bias of its own.
 
+    The dense layer goes to the width of the embedding table.
+
     Source: google-research/bert:run_pretraining.py (get_masked_lm_output).
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        init, zeros = weight_init(cfg), jax.nn.initializers.zeros
-        self.transform_DD = parameter(rngs, init, (cfg.embed_dim, cfg.embed_dim), SHARDING.transform_DD)
-        self.transform_bias_D = parameter(rngs, zeros, (cfg.embed_dim,), SHARDING.vector)
-        self.norm = LayerNorm(cfg.embed_dim, cfg.norm_eps, rngs=rngs)
+        init, zeros, dim = weight_init(cfg), jax.nn.initializers.zeros, cfg.embedding_dim
+        self.transform_DD = parameter(rngs, init, (cfg.embed_dim, dim), SHARDING.transform_DD)
+        self.transform_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
+        self.norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
         if not cfg.tie_embeddings:
-            self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, cfg.embed_dim), SHARDING.embedding_VD)
+            self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, dim), SHARDING.embedding_VD)
         self.output_bias_V = parameter(rngs, zeros, (cfg.vocab_size,), SHARDING.output_bias_V)
         self.cfg = cfg
 
@@ -95,3 +97,33 @@ def decode(hidden_BPD: jax.Array, decoder_VD: jax.Array, bias_V: jax.Array) -> j
 
 def _dense(input_BPE: jax.Array, kernel_ED: nnx.Param[jax.Array]) -> jax.Array:
     return jnp.einsum("BPE,ED->BPD", input_BPE, kernel_ED[...], out_sharding=SHARDING.hidden_BLD)
+
+
+class DetectionHead(nnx.Module):
+    """Dense, activation, then one logit for each position.
+
+    Source: google-research/electra:run_pretraining.py (_get_discriminator_output); the last kernel is drawn as there, by
+    TensorFlow's default.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        dim, zeros, glorot = cfg.embed_dim, jax.nn.initializers.zeros, jax.nn.initializers.glorot_uniform()
+        self.transform_DD = parameter(rngs, weight_init(cfg), (dim, dim), SHARDING.transform_DD)
+        self.transform_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
+        self.output_D1 = parameter(rngs, glorot, (dim, 1), SHARDING.table)
+        self.output_bias_1 = parameter(rngs, zeros, (1,), SHARDING.vector)
+        self.activation = cfg.activation
+
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Logits [B, L] in float32."""
+        with jax.named_scope("head"):
+            x_BLD = jnp.einsum("BLD,DE->BLE", hidden_BLD, self.transform_DD[...], out_sharding=SHARDING.hidden_BLD)
+            x_BLD = ACTIVATIONS[self.activation](add_bias(x_BLD, self.transform_bias_D[...], (2,)))
+            logits_BL1 = jnp.einsum(
+                "BLD,DO->BLO",
+                x_BLD,
+                self.output_D1[...],
+                out_sharding=SHARDING.hidden_BLD,
+                preferred_element_type=jnp.float32,
+            )
+            return add_bias(logits_BL1, self.output_bias_1[...], (2,)).squeeze(-1)

@@ -9,12 +9,17 @@ from mlm_jax.config import Config
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term
 from mlm_jax.objectives.mlm import MaskedLM
+from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.objectives.span import SpanBert
 
 __all__ = ["OBJECTIVES", "Batch", "Keys", "LossSums", "Objective", "Params", "Term", "make_objective"]
 
 # What a recipe's `objective` names: (cfg, compute, stage) -> Objective.
-OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {"mlm": MaskedLM, "span": SpanBert}
+OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {
+    "mlm": MaskedLM,
+    "span": SpanBert,
+    "rtd": ReplacedTokenDetection,
+}
 
 
 def make_objective(cfg: Config, compute: Compute, stage: int = 0) -> Objective:

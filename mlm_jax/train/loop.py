@@ -26,7 +26,7 @@ from mlm_jax.errors import MachineError, UserError
 from mlm_jax.fill_mask import Filler
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
-from mlm_jax.sharding import check_batch, check_model, connect, make_mesh, place
+from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, place
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
 from mlm_jax.train.feed import device_batches, vocab_tables
@@ -83,7 +83,7 @@ def train(
             "--distributed, or with --coordinator, --num-processes and --process-id"
         )
     mesh = make_mesh(cfg.sharding)
-    check_model(cfg.model, mesh)
+    check_networks(cfg, mesh)
     for index, stage in enumerate(cfg.stages):
         check_batch(stage, mesh, f"stages[{index}]")
     workdir = Workdir(workdir_path)
