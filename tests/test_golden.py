@@ -36,55 +36,60 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def tree_of(name: str, weight) -> dict:
-    """Our parameters from Hugging Face's, where `weight(name)` is one of theirs or a gradient of one.
+def norm_of(weight, prefix: str) -> dict:
+    return {"scale_D": weight(f"{prefix}.weight"), "bias_D": weight(f"{prefix}.bias")}
+
+
+def encoder_of(weight, num_heads: int = NUM_HEADS) -> dict:
+    """Our encoder's parameters from Hugging Face's, where `weight(name)` is one of theirs or a gradient of one.
 
     Their kernels are [out, in]; ours have the input first, heads apart, and layers stacked.
     """
-    transform, norm, bias = HEADS[name]
-
-    def norm_of(prefix: str) -> dict:
-        return {"scale_D": weight(f"{prefix}.weight"), "bias_D": weight(f"{prefix}.bias")}
 
     def layer(index: int) -> dict:
         prefix = f"encoder.layer.{index}"
         attention = {}
         for role in ("query", "key", "value"):
             kernel = weight(f"{prefix}.attention.self.{role}.weight").T
-            attention[f"{role}_DHK"] = kernel.reshape(len(kernel), NUM_HEADS, -1)
-            attention[f"{role}_bias_HK"] = weight(f"{prefix}.attention.self.{role}.bias").reshape(NUM_HEADS, -1)
+            attention[f"{role}_DHK"] = kernel.reshape(len(kernel), num_heads, -1)
+            attention[f"{role}_bias_HK"] = weight(f"{prefix}.attention.self.{role}.bias").reshape(num_heads, -1)
         output = weight(f"{prefix}.attention.output.dense.weight").T
-        attention["output_HKD"] = output.reshape(NUM_HEADS, -1, output.shape[1])
+        attention["output_HKD"] = output.reshape(num_heads, -1, output.shape[1])
         attention["output_bias_D"] = weight(f"{prefix}.attention.output.dense.bias")
         return {
             "attention": attention,
-            "attention_norm": norm_of(f"{prefix}.attention.output.LayerNorm"),
+            "attention_norm": norm_of(weight, f"{prefix}.attention.output.LayerNorm"),
             "mlp": {
                 "up_DF": weight(f"{prefix}.intermediate.dense.weight").T,
                 "up_bias_F": weight(f"{prefix}.intermediate.dense.bias"),
                 "down_FD": weight(f"{prefix}.output.dense.weight").T,
                 "down_bias_D": weight(f"{prefix}.output.dense.bias"),
             },
-            "mlp_norm": norm_of(f"{prefix}.output.LayerNorm"),
+            "mlp_norm": norm_of(weight, f"{prefix}.output.LayerNorm"),
         }
 
     return {
-        "encoder": {
-            "embeddings": {
-                "tokens_VD": weight("embeddings.word_embeddings.weight"),
-                "positions_LD": weight("embeddings.position_embeddings.weight"),
-                "token_types_TD": weight("embeddings.token_type_embeddings.weight"),
-                "norm": norm_of("embeddings.LayerNorm"),
-            },
-            "layers": jax.tree.map(lambda *layers: np.stack(layers), *map(layer, range(NUM_LAYERS))),
+        "embeddings": {
+            "tokens_VD": weight("embeddings.word_embeddings.weight"),
+            "positions_LD": weight("embeddings.position_embeddings.weight"),
+            "token_types_TD": weight("embeddings.token_type_embeddings.weight"),
+            "norm": norm_of(weight, "embeddings.LayerNorm"),
         },
-        "head": {
-            "transform_DD": weight(f"{transform}.weight").T,
-            "transform_bias_D": weight(f"{transform}.bias"),
-            "norm": norm_of(norm),
-            "output_bias_V": weight(bias),
-        },
+        "layers": jax.tree.map(lambda *layers: np.stack(layers), *map(layer, range(NUM_LAYERS))),
     }
+
+
+def head_of(weight, transform: str, norm: str, bias: str) -> dict:
+    return {
+        "transform_DD": weight(f"{transform}.weight").T,
+        "transform_bias_D": weight(f"{transform}.bias"),
+        "norm": norm_of(weight, norm),
+        "output_bias_V": weight(bias),
+    }
+
+
+def tree_of(name: str, weight) -> dict:
+    return {"encoder": encoder_of(weight), "head": head_of(weight, *HEADS[name])}
 
 
 def parameters(name: str) -> dict:
