@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import pytest
 from mlm_jax import config
 from mlm_jax.compile.topology import parse_topology
 from mlm_jax.masking import num_slots
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives import make_objective
 from mlm_jax.objectives.rates import scheduled_rates
+from mlm_jax.sharding import make_mesh
 from mlm_jax.train.optimizer import learning_rate
 
 RECIPES = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
@@ -28,6 +32,9 @@ SIZES = {
     "bert_large": (335_174_458, [32_768, 131_072]),
     "bert_large_40": (355_411_033, [524_288]),
     "bert_large_lamb": (335_174_458, [8_388_608, 16_777_216]),
+    "electra_small": (14_196_219, [16_384]),
+    "electra_base": (119_386_427, [131_072]),
+    "electra_large": (354_655_291, [1_048_576]),
     "roberta_base": (124_696_665, [1_048_576]),
     "roberta_large": (355_411_033, [4_194_304]),
     "spanbert_large": (336_998_976, [131_072]),
@@ -42,6 +49,9 @@ RATES = {
     "bert_large": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 1_000_000: 0.0},
     "bert_large_40": {690: 1e-3, 1_380: 2e-3, 12_190: 1e-3, 23_000: 0.0},
     "bert_large_lamb": {2_001: 6e-3, 7_037: 6e-3 / 5_037, 7_038: 0.0, 7_138: 2e-3, 7_238: 4e-3, 8_601: 0.0},
+    "electra_small": {5_000: 2.5e-4, 10_000: 5e-4, 505_000: 2.5e-4, 1_000_000: 0.0},
+    "electra_base": {5_000: 1e-4, 10_000: 2e-4, 388_000: 1e-4, 766_000: 0.0},
+    "electra_large": {5_000: 1e-4, 10_000: 2e-4, 205_000: 1e-4, 400_000: 0.0},
     "roberta_base": {5_000: 2.5e-4, 10_000: 5e-4, 67_500: 2.5e-4, 125_000: 0.0},
     "roberta_large": {15_000: 2e-4, 30_000: 4e-4, 265_000: 2e-4, 500_000: 0.0},
     "spanbert_large": {5_000: 5e-5, 10_000: 1e-4, 1_205_000: 5e-5, 2_400_000: 0.0},
@@ -54,17 +64,40 @@ def load(name: str) -> config.Config:
 
 def count_parameters(cfg: config.Config) -> int:
     """By arithmetic on the shape, so that the encoder's own count has something to agree with."""
-    model, dim, norm = cfg.model, cfg.model.embed_dim, 2 * cfg.model.embed_dim
+    if cfg.objective == "rtd":
+        generator = cfg.rtd.generator(cfg.model)
+        return count_layers(generator) + count_head(generator) + count_discriminator(cfg.model)
+    total = count_embeddings(cfg.model) + count_layers(cfg.model) + count_head(cfg.model)
+    return total + count_boundary_head(cfg) if cfg.objective == "span" else total
+
+
+def count_embeddings(model: config.ModelConfig) -> int:
     positions = model.max_positions + model.position_offset
-    tables = (model.vocab_size + positions + model.num_token_types) * dim
+    return (model.vocab_size + positions + model.num_token_types + 2) * (model.table_dim or model.embed_dim)
+
+
+def count_layers(model: config.ModelConfig) -> int:
+    dim, norm = model.embed_dim, 2 * model.embed_dim
     attention = 4 * (dim * dim + dim)
     mlp = 2 * dim * model.mlp_dim + model.mlp_dim + dim
-    head = dim * dim + dim + norm + model.vocab_size
-    if cfg.objective == "span":
-        span = cfg.span_boundary
-        inputs = 2 * dim + span.position_dim
-        head += span.max_targets * span.position_dim + inputs * dim + dim * dim + 2 * (dim + norm) + model.vocab_size
-    return tables + norm + model.num_layers * (attention + mlp + 2 * norm) + head
+    projection = 0 if model.table_dim in (0, dim) else model.table_dim * dim + dim
+    return projection + model.num_layers * (attention + mlp + 2 * norm)
+
+
+def count_head(model: config.ModelConfig) -> int:
+    table_dim = model.table_dim or model.embed_dim
+    return model.embed_dim * table_dim + 3 * table_dim + model.vocab_size
+
+
+def count_discriminator(model: config.ModelConfig) -> int:
+    """With the embeddings, which are the generator's too, and its head: a dense layer and one logit."""
+    return count_embeddings(model) + count_layers(model) + model.embed_dim**2 + 2 * model.embed_dim + 1
+
+
+def count_boundary_head(cfg: config.Config) -> int:
+    dim, span = cfg.model.embed_dim, cfg.span_boundary
+    inputs = 2 * dim + span.position_dim
+    return span.max_targets * span.position_dim + inputs * dim + dim * dim + 2 * (dim + 2 * dim) + cfg.model.vocab_size
 
 
 def test_every_recipe_is_known_here():
@@ -174,3 +207,24 @@ def test_masking_of_the_recipes_that_are_about_it():
 def test_probes_have_a_mask(name):
     probes = load(name).evaluation.probes
     assert len(probes) == 3 and all(probe.count("[MASK]") == 1 for probe in probes)
+
+
+@pytest.mark.parametrize("name", ["electra_small", "electra_base", "electra_large"])
+def test_electras_networks_have_the_published_sizes(name):
+    """google-research/electra:README.md counts the discriminator: 14M, 110M, 335M. Its generators have heads of 64."""
+    cfg = load(name)
+    generator, total = cfg.rtd.generator(cfg.model), count_discriminator(cfg.model)
+    published, width = {"electra_small": (14, 64), "electra_base": (110, 256), "electra_large": (335, 256)}[name]
+    assert abs(total / 1e6 - published) < 0.6
+    docstring = ast.get_docstring(ast.parse((RECIPES[0].parent / f"{name}.py").read_text()))
+    assert f"the discriminator has {total:,} with the embeddings (published: {published}M [R])" in docstring
+    assert (generator.embed_dim, generator.head_dim, generator.mlp_dim) == (width, 64, 4 * width)
+    assert generator.num_layers == cfg.model.num_layers and generator.vocab_size == cfg.model.vocab_size
+
+
+@pytest.mark.parametrize("name", ["electra_small", "electra_large"])
+def test_the_networks_are_built_as_they_are_counted(name):
+    cfg = load(name)
+    with jax.set_mesh(make_mesh(config.ShardingConfig(), jax.devices()[:1])):
+        params = jax.eval_shape(make_objective(cfg, Compute.resolve(cfg.compute)).init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == SIZES[name][0]
