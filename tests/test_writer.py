@@ -212,7 +212,7 @@ def test_progress_off_a_terminal_is_a_line_of_the_log_per_update(caplog, monkeyp
     caplog.set_level(logging.INFO)
     with Progress(400, 50, is_primary=True) as progress:
         progress.update(100, VALUES)
-        progress.update(150, {"loss": 3.0, "mfu": None})
+        progress.update(150, {"loss": 3.0, "accuracy": float("nan"), "mfu": None})
     assert caplog.messages == [
         "step 100/400 loss 3.210 acc 40.0% 12,346 tok/s MFU 23.1% fill 98.5% ETA ?",
         "step 150/400 loss 3.000 ETA 0:00:50",

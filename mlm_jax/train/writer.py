@@ -330,4 +330,6 @@ def _describe(values: Mapping[str, Any], metrics: Sequence[str]) -> Iterable[str
         "mfu": "MFU {:.1%}",
         "fill_rate": "fill {:.1%}",
     }
-    return [form.format(values[name]) for name, form in forms.items() if values.get(name) is not None]
+    # A share of nothing is left out: the precision of a discriminator that has flagged no token.
+    counted = {name for name in forms if values.get(name) is not None and not (name in metrics and math.isnan(values[name]))}
+    return [form.format(values[name]) for name, form in forms.items() if name in counted]
