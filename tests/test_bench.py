@@ -154,7 +154,9 @@ def test_mistakes_are_told_before_anything_runs(arguments: dict[str, Any], messa
         run_bench(TINY, **arguments)
 
 
-@pytest.mark.parametrize("change", [{"objective": "rtd"}, {"objective": "span"}, {"model": dataclasses.replace(TINY.model, table_dim=8)}])
+@pytest.mark.parametrize(
+    "change", [{"objective": "rtd"}, {"objective": "span"}, {"model": dataclasses.replace(TINY.model, table_dim=8)}]
+)
 def test_what_the_peers_are_not_is_not_compared_with_them(change) -> None:
     with pytest.raises(UserError, match="the peers are BERT"):
         run_bench(dataclasses.replace(TINY, **change), peer="hf")

@@ -25,7 +25,7 @@ RECIPES = ("bert_base", "bert_large", "bert_large_lamb", "roberta_base", "robert
 BASE = dataclasses.replace(
     CFG,
     sharding=ShardingConfig(data=16),
-    model=ModelConfig(30522, 12, 768, 12, 3072),
+    model=ModelConfig(vocab_size=30522, num_layers=12, embed_dim=768, num_heads=12, mlp_dim=3072),
     optimizer=OptimizerConfig(),
     stages=(StageConfig(seq_len=128, batch_size=256), StageConfig(seq_len=512, batch_size=256)),
 )

@@ -9,7 +9,7 @@ import pytest
 from example_objective import MaskedLMWithZLoss
 from tiny_step import CFG, LENGTH, QUICK, make_rows, mesh_of, on_devices, tables_on
 
-from mlm_jax.config import Config, MaskingConfig
+from mlm_jax.config import Config, MaskingConfig, RtdConfig
 from mlm_jax.config.checks import _CHOICES
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import OBJECTIVES, Keys, make_objective
@@ -26,6 +26,9 @@ VARIANTS = {
     "mlm": CFG,
     "scheduled": dataclasses.replace(CFG, masking=MaskingConfig(policy="ngram", max_words=3, **SCHEDULED)),
     "span": dataclasses.replace(CFG, objective="span", masking=MaskingConfig(policy="span", rate=0.3)),
+    "rtd": dataclasses.replace(
+        CFG, objective="rtd", model=dataclasses.replace(CFG.model, num_heads=4), rtd=RtdConfig(generator_size=0.5)
+    ),
 }
 EXAMPLE = "mlm_z"
 NEW = [name for name in VARIANTS if name != "mlm"]  # test_step.py and test_one_program.py are about `mlm`

@@ -1,4 +1,4 @@
-"""Output heads on the encoder: for masked tokens and for tokens between two ends, on gathered positions only; the detector's."""
+"""Output heads on the encoder: for masked tokens, for tokens between a span's ends, and the detector of replaced ones."""
 
 import jax
 import jax.numpy as jnp

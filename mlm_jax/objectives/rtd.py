@@ -20,6 +20,7 @@ from mlm_jax.model.heads import DetectionHead
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import MaskedLanguageModel, mask_batch
 from mlm_jax.objectives.network import Network
+from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import SHARDING
 
@@ -101,8 +102,8 @@ class ReplacedTokenDetection:
     def loss(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> LossSums:
         """The generator's cross-entropy at masked positions and the discriminator's at all real ones, each weighed."""
         rtd = self.cfg.rtd
-        rate = self.cfg.mask_rate(self.cfg.stages[self.stage])
-        generator, accuracy, detection = self._run(params, batch, keys, vocab, self.cfg.masking, rate)
+        rates = scheduled_rates(self.cfg, self.stage, keys.step)
+        generator, accuracy, detection = self._run(params, batch, keys, vocab, self.cfg.masking, rates)
         loss = detection.pop("detection_loss")
         return LossSums(
             losses={
@@ -115,8 +116,8 @@ class ReplacedTokenDetection:
 
     def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> dict[str, Term]:
         """The discriminator's loss and figures, under frozen masks at the evaluation's rate and frozen samples."""
-        frozen = dataclasses.replace(self.cfg.masking, static=True)
-        return self._run(params, batch, keys, vocab, frozen, self.cfg.evaluation.mask_rate)[2]
+        frozen = dataclasses.replace(self.cfg.masking, static=True, rate=self.cfg.evaluation.mask_rate, rate_spread=0.0)
+        return self._run(params, batch, keys, vocab, frozen, constant_rates(frozen))[2]
 
     def _run(
         self,
@@ -125,12 +126,12 @@ class ReplacedTokenDetection:
         keys: Keys,
         vocab: masking.VocabTables,
         cfg: MaskingConfig,
-        rate: float,
+        rates: Rates,
     ) -> tuple[Term, Term, dict[str, Term]]:
         """The generator's loss and accuracy, and the discriminator's `detection_terms`."""
         tokens_BL, segment_ids_BL = batch["tokens"], batch["segment_ids"]
         dropout_keys = (None, None) if keys.dropout is None else jax.random.split(keys.dropout)
-        masked = mask_batch(batch, keys.mask, vocab, cfg, rate)
+        masked = mask_batch(batch, keys.mask, vocab, cfg, rates)
         logits_BPV = self.logits(params, masked.inputs_BL, segment_ids_BL, masked.positions_BP, dropout_keys[0])
         nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
         keys_B = masking.example_keys(keys.mask, batch["epochs"], batch["example_ids"], static=cfg.static)
