@@ -169,10 +169,10 @@ class ShardingConfig:
     Replicated: data=-1. ZeRO: data=-1, zero=True. FSDP: data=1, fsdp=-1. FSDP and tensor: data=1, fsdp=-1, tensor=4.
     """
 
-    slice: int = 1  # TPU slices, or hosts of GPUs, joined by a slower network than their own
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slice: int = 1  # TPU slices, or hosts of GPUs, joined by a slower network than their own
     zero: bool = False  # float32 parameters, moments and average are divided over data, and gathered once a step
 
 
