@@ -493,11 +493,22 @@ def test_the_hardware_generator_gives_each_device_bits_of_its_own():
     assert len(np.unique(kept.reshape(16, -1), axis=0)) == 16
 
 
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "xla")])
+def test_rows_that_are_causal_take_the_paths_whose_mask_is_data(caplog, platform, expected):
+    caplog.set_level("INFO")
+    bfloat16 = jnp.dtype("bfloat16")
+    assert choose_implementation("auto", TINY, 128, platform, bfloat16, causal_rows=True) == expected
+    assert ("which rows are causal is not" in caplog.text) == (platform == "tpu")
+    with pytest.raises(UserError, match="='splash' cannot be used"):
+        choose_implementation("splash", TINY, 128, platform, bfloat16, causal_rows=True)
+
+
 # Parameters.
 
 
 @pytest.mark.parametrize(
-    ("recipe", "count"), [("bert_base", 109_514_298), ("roberta_base", 124_696_665), ("smoke", 958_336)]
+    ("recipe", "count"),
+    [("bert_base", 109_514_298), ("roberta_base", 124_696_665), ("smoke", 958_336), ("mdlm_small", 163_751_808)],
 )
 def test_parameter_counts_of_recipes(recipe, count):
     cfg = load_config(str(CONFIGS / f"{recipe}.py"))

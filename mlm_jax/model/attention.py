@@ -1,4 +1,4 @@
-"""Bidirectional self-attention within packed segments, dispatched to the fastest path of the platform.
+"""Self-attention within packed segments, of chosen rows causal, dispatched to the fastest path of the platform.
 
 Segments attend only to themselves. Padding is segment 0 and attends to padding, so no row of scores is fully masked and
 nothing becomes NaN.
@@ -44,9 +44,15 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None, implementation: str
+        self,
+        hidden_BLD: jax.Array,
+        segment_ids_BL: jax.Array,
+        key: jax.Array | None,
+        implementation: str,
+        causal_B: jax.Array | None = None,
     ) -> jax.Array:
         if implementation == "splash":
+            assert causal_B is None, "choose_implementation refuses causal rows"
             return self._by_splash(hidden_BLD, segment_ids_BL)
 
         def project(kernel: nnx.Param[jax.Array], bias: nnx.Param[jax.Array]) -> jax.Array:
@@ -68,6 +74,7 @@ class Attention(nnx.Module):
             key_BHLK,
             value_BHLK,
             segment_ids_BL,
+            causal_B,
             implementation=implementation,
             dropout_rate=self.cfg.attention_dropout,
             dropout_key=key,
@@ -118,6 +125,7 @@ def attend(
     key_BHMK: jax.Array,
     value_BHMK: jax.Array,
     segment_ids_BL: jax.Array,
+    causal_B: jax.Array | None = None,
     *,
     implementation: str,
     dropout_rate: float = 0.0,
@@ -126,18 +134,36 @@ def attend(
     """Softmax attention of each segment over itself: [B, H, L, K], in the query's dtype.
 
     Args:
+        causal_B: bool, the rows in which a token sees itself and what comes before it in its segment; None for no row.
         implementation: "xla", "splash" (TPU) or "cudnn" (GPU), as `choose_implementation` names it.
     """
     with jax.named_scope("attention_core"):
         if implementation == "splash":
+            assert causal_B is None, "choose_implementation refuses causal rows"
             return _splash(query_BHLK * query_BHLK.shape[-1] ** -0.5, key_BHMK, value_BHMK, segment_ids_BL)
+        sees_BLM = _sees(segment_ids_BL, causal_B)
         if implementation == "cudnn":
-            return _cudnn(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL)
-        return _xla(query_BHLK, key_BHMK, value_BHMK, segment_ids_BL, dropout_rate, dropout_key)
+            return _cudnn(query_BHLK, key_BHMK, value_BHMK, sees_BLM)
+        return _xla(query_BHLK, key_BHMK, value_BHMK, sees_BLM, dropout_rate, dropout_key)
 
 
-def choose_implementation(requested: str, cfg: ModelConfig, length: int, platform: str, dtype: jnp.dtype) -> str:
+def _sees(segment_ids_BL: jax.Array, causal_B: jax.Array | None) -> jax.Array:
+    """Which keys M each query L attends to: bool [B, L, M]."""
+    same_BLM = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
+    if causal_B is None:
+        return same_BLM
+    index_L = jnp.arange(segment_ids_BL.shape[1], dtype=jnp.int32)
+    earlier_1LM = (index_L[:, None] >= index_L[None, :])[None]
+    return same_BLM & (earlier_1LM | ~causal_B[:, None, None])
+
+
+def choose_implementation(
+    requested: str, cfg: ModelConfig, length: int, platform: str, dtype: jnp.dtype, *, causal_rows: bool = False
+) -> str:
     """Resolves "auto" for a platform and says why whenever the fast path cannot be taken.
+
+    Args:
+        causal_rows: whether some rows are causal, which is known only when the program runs.
 
     Raises:
         UserError: a path was asked for by name and cannot run this configuration.
@@ -149,6 +175,7 @@ def choose_implementation(requested: str, cfg: ModelConfig, length: int, platfor
             (platform == "tpu", "it is a TPU kernel"),
             (length % 128 == 0, f"the length {length} is no multiple of 128"),
             (cfg.attention_dropout == 0, "it has no attention dropout"),
+            (not causal_rows, "its mask is fixed when it is compiled, and which rows are causal is not"),
         ],
         "cudnn": [
             (platform in ("gpu", "cuda"), "it is a GPU kernel"),
@@ -174,14 +201,13 @@ def _xla(
     query_BHLK: jax.Array,
     key_BHMK: jax.Array,
     value_BHMK: jax.Array,
-    segment_ids_BL: jax.Array,
+    sees_BLM: jax.Array,
     dropout_rate: float,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
     scale = query_BHLK.shape[-1] ** -0.5
     scores_BHLM = jnp.einsum("BHLK,BHMK->BHLM", query_BHLK * scale, key_BHMK, preferred_element_type=jnp.float32)
-    same_BLM = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
-    scores_BHLM += jnp.where(same_BLM, 0.0, -1e30)[:, None]
+    scores_BHLM += jnp.where(sees_BLM, 0.0, -1e30)[:, None]
     # Normalised after the values are mixed: K numbers a query are divided instead of L.
     weights_BHLM = jnp.exp(scores_BHLM - jax.lax.stop_gradient(scores_BHLM.max(-1, keepdims=True)))
     total_BHL1 = weights_BHLM.sum(-1, keepdims=True)
@@ -190,11 +216,12 @@ def _xla(
     return (mixed_BHLK / total_BHL1).astype(value_BHMK.dtype)
 
 
-def _cudnn(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+def _cudnn(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, sees_BLM: jax.Array) -> jax.Array:
     # The public interface takes packing as a boolean mask only; the packed form is private to jax.
-    same_B1LM = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
     query_BLHK, key_BMHK, value_BMHK = (x.swapaxes(1, 2) for x in (query_BHLK, key_BHMK, value_BHMK))
-    mixed_BLHK = jax.nn.dot_product_attention(query_BLHK, key_BMHK, value_BMHK, mask=same_B1LM, implementation="cudnn")
+    mixed_BLHK = jax.nn.dot_product_attention(
+        query_BLHK, key_BMHK, value_BMHK, mask=sees_BLM[:, None], implementation="cudnn"
+    )
     return mixed_BLHK.swapaxes(1, 2)
 
 

@@ -69,11 +69,16 @@ class Block(nnx.Module):
         self.dropout = cfg.dropout
 
     def __call__(
-        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None, implementation: str
+        self,
+        hidden_BLD: jax.Array,
+        segment_ids_BL: jax.Array,
+        key: jax.Array | None,
+        implementation: str,
+        causal_B: jax.Array | None = None,
     ) -> jax.Array:
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
         with jax.named_scope("attention"):
-            mixed_BLD = self.attention(hidden_BLD, segment_ids_BL, keys[0], implementation)
+            mixed_BLD = self.attention(hidden_BLD, segment_ids_BL, keys[0], implementation, causal_B)
             mixed_BLD = dropout(mixed_BLD, self.dropout, keys[1])
         hidden_BLD = self.attention_norm(hidden_BLD + mixed_BLD)
         with jax.named_scope("mlp"):
@@ -104,6 +109,7 @@ class Encoder(nnx.Module):
         segment_ids_BL: jax.Array,
         key: jax.Array | None = None,
         token_types_BL: jax.Array | None = None,
+        causal_B: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states.
 
@@ -112,12 +118,20 @@ class Encoder(nnx.Module):
             segment_ids_BL: int32; equal ids attend to each other and count positions from 0; 0 is padding.
             key: dropout key; None evaluates without dropout.
             token_types_BL: int32, or None for type 0 throughout.
+            causal_B: bool, the rows in which no token sees a later one; None for no row.
 
         Returns:
             [B, L, D] in the compute dtype. Padding positions hold finite values of no meaning.
         """
         cfg, compute = self.cfg, self.compute
-        implementation = choose_implementation(compute.attention, cfg, tokens_BL.shape[1], compute.platform, compute.dtype)
+        implementation = choose_implementation(
+            compute.attention,
+            cfg,
+            tokens_BL.shape[1],
+            compute.platform,
+            compute.dtype,
+            causal_rows=causal_B is not None,
+        )
         keys = None if key is None else jax.random.split(key, cfg.num_layers + 1)
         hidden_BLD = self.embeddings(
             tokens_BL,
@@ -134,7 +148,7 @@ class Encoder(nnx.Module):
         def apply(hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
             block, layer_key = layer
             block = gather(block, ("fsdp",))
-            return block(hidden_BLD, segment_ids_BL, layer_key, implementation), None
+            return block(hidden_BLD, segment_ids_BL, layer_key, implementation, causal_B), None
 
         # Within a scan nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.
         apply = _rematerialise(apply, compute.remat, prevent_cse=not compute.scan_layers)
