@@ -46,7 +46,7 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
     tokenizer = workdir.read_tokenizer()
     mesh = make_mesh(ShardingConfig())
     with jax.set_mesh(mesh):
-        objective = make_objective(cfg, Compute.resolve(cfg.compute))
+        objective = make_objective(cfg, Compute.resolve(cfg.compute), mask_id=tokenizer.mask_id)
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         replicated = jax.NamedSharding(mesh, jax.P())
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)

@@ -242,7 +242,7 @@ CHECKS = [
     ("rtd.generator_layers=0", "rtd.generator_layers=0.0 must be in (0, 1]"),
     ("rtd.discriminator_weight=-1", "rtd.discriminator_weight=-1.0 must be at least 0"),
     ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
-    ("objective=mlmm", "objective='mlmm' is none of mlm, span, rtd; did you mean 'mlm'?"),
+    ("objective=mlmm", "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid; did you mean 'mlm'?"),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
     ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu; did you mean"),
     ("masking.policy=word", "masking.policy='word' is none of token, whole_word, span, ngram, pmi"),
@@ -253,6 +253,11 @@ CHECKS = [
     ("compute.layers=unrolled", "did you mean 'unroll'?"),
     ("compute.remat=all", "compute.remat='all' is none of"),
     ("compute.attention=flash", "compute.attention='flash' is none of"),
+    ("compute.head_chunk=-1", "compute.head_chunk=-1 must be at least 0"),
+    ("diffusion.min_rate=0", "diffusion.min_rate=0.0 must be in (0, 1)"),
+    ("diffusion.scored_share=0", "diffusion.scored_share=0.0 must be in (0, 1]"),
+    ("diffusion.draws=0", "diffusion.draws=0 must be positive"),
+    ("hybrid.causal_share=1.5", "hybrid.causal_share=1.5 must be in [0, 1]"),
 ]
 
 
@@ -277,6 +282,29 @@ def test_a_generator_that_cannot_be_built_says_what_can(recipe):
         load_config(recipe, ["objective=rtd", "sharding.fsdp=32"])
     with pytest.raises(UserError, match=r"sharding.fsdp=32 must divide model.table_dim=16"):
         load_config(recipe, ["model.table_dim=16", "sharding.fsdp=32"])
+
+
+# What an objective alone asks for.
+OWN_CHECKS = [
+    ("diffusion", "masking.rate=0.3", "objective='diffusion' draws its own rates"),
+    ("diffusion", "masking.include_special=true", "objective='diffusion' draws its own rates"),
+    ("diffusion", "stages[1].mask_rate=0.3", "stages[…].mask_rate=[0.0, 0.3]"),
+    ("hybrid", "masking.include_special=true", "nothing comes before CLS"),
+    (
+        "hybrid",
+        "hybrid.causal_share=0.003",
+        "hybrid.causal_share=0.003 leaves some batches of stages[0].batch_size=256 without a causal row",
+    ),
+    ("hybrid", "hybrid.causal_share=0.997", "without a masked row"),
+]
+
+
+@pytest.mark.parametrize(("objective", "override", "message"), OWN_CHECKS)
+def test_what_an_objective_cannot_do_is_refused_for_it_alone(recipe, objective, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(recipe, [f"objective={objective}", override])
+    load_config(recipe, [override])
+    load_config(recipe, [f"objective={objective}", "hybrid.causal_share=1", "diffusion.scored_share=1"])
 
 
 # What would otherwise end as a traceback, or as nonsense, after the corpus has been prepared.

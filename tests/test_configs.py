@@ -38,6 +38,9 @@ SIZES = {
     "roberta_base": (124_696_665, [1_048_576]),
     "roberta_large": (355_411_033, [4_194_304]),
     "spanbert_large": (336_998_976, [131_072]),
+    "mdlm_small": (163_751_808, [524_288]),
+    "diffusion_mini": (4_344_064, [4_096]),
+    "gpt_bert_small": (22_431_104, [4_194_304, 4_194_304, 4_194_304]),
 }
 
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
@@ -55,6 +58,9 @@ RATES = {
     "roberta_base": {5_000: 2.5e-4, 10_000: 5e-4, 67_500: 2.5e-4, 125_000: 0.0},
     "roberta_large": {15_000: 2e-4, 30_000: 4e-4, 265_000: 2e-4, 500_000: 0.0},
     "spanbert_large": {5_000: 5e-5, 10_000: 1e-4, 1_205_000: 5e-5, 2_400_000: 0.0},
+    "mdlm_small": {1_250: 1.5e-4, 2_500: 3e-4, 500_000: 3e-4, 1_000_000: 3e-4},
+    "diffusion_mini": {75: 7.5e-4, 150: 1.5e-3, 1_575: 7.5e-4, 3_000: 0.0},
+    "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 
 
@@ -86,7 +92,8 @@ def count_layers(model: config.ModelConfig) -> int:
 
 def count_head(model: config.ModelConfig) -> int:
     table_dim = model.table_dim or model.embed_dim
-    return model.embed_dim * table_dim + 3 * table_dim + model.vocab_size
+    untied = 0 if model.tie_embeddings else model.vocab_size * table_dim
+    return model.embed_dim * table_dim + 3 * table_dim + model.vocab_size + untied
 
 
 def count_discriminator(model: config.ModelConfig) -> int:
@@ -203,7 +210,14 @@ def test_masking_of_the_recipes_that_are_about_it():
     assert len(spans.span_lengths) == 10 and spans.span_lengths[0] == pytest.approx(0.2 / (1 - 0.8**10))
 
 
-@pytest.mark.parametrize("name", ["smoke", "bert_mini", "bert_mini_decay"])
+def test_gpt_berts_mask_rate_falls_linearly_over_stages_of_equal_batches():
+    cfg = load("gpt_bert_small")
+    rates = [float(scheduled_rates(cfg, index, step).rate) for index, step in ((0, 0), (0, 3_906), (2, 7_812))]
+    assert rates == pytest.approx([0.3, 0.225, 0.15])
+    assert cfg.total_steps == 31_250 // 4 and {stage.batch_size * stage.seq_len for stage in cfg.stages} == {32_768 * 128}
+
+
+@pytest.mark.parametrize("name", ["smoke", "bert_mini", "bert_mini_decay", "diffusion_mini"])
 def test_probes_have_a_mask(name):
     probes = load(name).evaluation.probes
     assert len(probes) == 3 and all(probe.count("[MASK]") == 1 for probe in probes)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from example_objective import MaskedLMWithZLoss
-from tiny_step import CFG, LENGTH, QUICK, make_rows, mesh_of, on_devices, tables_on
+from tiny_step import CFG, LENGTH, QUICK, make_rows, mesh_of, on_devices, tables_on, with_places
 
 from mlm_jax.config import Config, MaskingConfig, RtdConfig
 from mlm_jax.config.checks import _CHOICES
@@ -54,7 +54,7 @@ def config(name: str) -> Config:
 
 def build(name: str):
     cfg = config(name)
-    return make_objective(cfg, Compute.resolve(cfg.compute))
+    return make_objective(cfg, Compute.resolve(cfg.compute), mask_id=4)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def gradient(name: str, mesh_name: str, accumulation: int):
         params = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, jax.NamedSharding(mesh, like.sharding.spec)), weights(name), shapes
         )
-        arguments = params, on_devices(make_rows(), mesh), tables_on(mesh)
+        arguments = params, on_devices(with_places(make_rows()), mesh), tables_on(mesh)
         return jax.device_get(grad.lower(*arguments).compile(QUICK)(*arguments))
 
 
@@ -99,7 +99,7 @@ def test_a_recipe_may_name_every_objective_and_no_other():
 def test_an_objective_gives_the_terms_that_it_declares(name, one):
     objective = build(name)
     params = jax.eval_shape(objective.init, jax.random.key(0))
-    batch, vocab, keys = on_devices(make_rows(), one), tables_on(one), Keys(jax.random.key(0), None)
+    batch, vocab, keys = on_devices(with_places(make_rows()), one), tables_on(one), Keys(jax.random.key(0), None)
     sums = jax.eval_shape(lambda p, *rest: objective.loss(p, *rest), params, batch, keys, vocab)
     # As sets: a pytree's dictionaries come back sorted.
     assert sums.losses.keys() == set(objective.loss_names) and sums.metrics.keys() == set(objective.metric_names)

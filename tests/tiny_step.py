@@ -94,6 +94,11 @@ def make_rows(seed: int = 0) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "segment_ids": segment_ids, "example_ids": ids, "epochs": np.full(BATCH, 2, np.int32)}
 
 
+def with_places(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows as a step gives them to an objective."""
+    return rows | {"places": np.arange(BATCH, dtype=np.float32) / BATCH}
+
+
 def mesh_of(name: str) -> jax.sharding.Mesh:
     return make_mesh(MESHES[name], jax.devices()[: 1 if name == "1" else 8])
 
@@ -151,22 +156,23 @@ def shapes_of(text: str) -> list[tuple[int, ...]]:
 class Program:
     """A jitted step and what it is called with."""
 
-    def __init__(self, mesh_name: str, accumulation: int = 1, cls=MaskedLM):
+    def __init__(self, mesh_name: str, accumulation: int = 1, cls=MaskedLM, cfg: Config = CFG):
         self.mesh_name, self.mesh, self.traces = mesh_name, mesh_of(mesh_name), 0
-        self.optimizer, schedule = make_optimizer(CFG), learning_rate(CFG)
-        self.objective = objective(cls=cls)
+        self.optimizer, schedule = make_optimizer(cfg), learning_rate(cfg)
+        self.objective = objective(cfg, cls)
 
         def counted(step):
             self.traces += 1
             return schedule(step)
 
-        stage = dataclasses.replace(CFG.stages[0], accumulation=accumulation)
-        self.step = make_train_step(CFG, stage, self.objective, self.optimizer, counted)
+        stage = dataclasses.replace(cfg.stages[0], accumulation=accumulation)
+        self.step = make_train_step(cfg, stage, self.objective, self.optimizer, counted)
 
     @functools.cached_property
     def _create(self):
         def create(params):
-            return init_state(params, self.optimizer, ema=True, names=NAMES, zero=MESHES[self.mesh_name].zero)
+            names = self.objective.loss_names + self.objective.metric_names
+            return init_state(params, self.optimizer, ema=True, names=names, zero=MESHES[self.mesh_name].zero)
 
         return jax.jit(create, compiler_options=QUICK)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlm_jax.config.conversion import nearest
-from mlm_jax.config.sections import Config, StageConfig
+from mlm_jax.config.sections import Config, MaskingConfig, StageConfig
 from mlm_jax.errors import UserError
 
 # Fields by the range that each must lie in; `stages.` stands for every stage.
@@ -36,6 +36,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "masking.max_words",
         "span_boundary.max_targets",
         "span_boundary.position_dim",
+        "diffusion.draws",
     ),
     "at least 0": (
         "model.position_offset",
@@ -54,6 +55,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "masking.schedule_start",
         "masking.schedule_steps",
         "span_boundary.loss_weight",
+        "compute.head_chunk",
     ),
     "in [0, 1)": (
         "data.validation_fraction",
@@ -65,17 +67,17 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "stages.mask_rate",
         "masking.rate_spread",
     ),
-    "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate"),
-    "in [0, 1]": ("masking.mask_prob", "masking.random_prob"),
-    "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers"),
+    "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate", "diffusion.min_rate"),
+    "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers", "diffusion.scored_share"),
+    "in [0, 1]": ("masking.mask_prob", "masking.random_prob", "hybrid.causal_share"),
 }
 _HOLDS: dict[str, Callable[[float], bool]] = {
     "positive": lambda value: value > 0,
     "at least 0": lambda value: value >= 0,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1)": lambda value: 0 < value < 1,
-    "in [0, 1]": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
 }
 
 
@@ -105,6 +107,10 @@ def check(cfg: Config) -> None:
     _check_masking(cfg)
     for index, stage in enumerate(cfg.stages):
         _check_stage(cfg, f"stages[{index}]", stage)
+    if cfg.objective == "diffusion":
+        _check_diffusion(cfg)
+    if cfg.objective == "hybrid":
+        _check_hybrid(cfg)
 
 
 def _check_model(cfg: Config) -> None:
@@ -216,8 +222,32 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
         )
 
 
+def _check_diffusion(cfg: Config) -> None:
+    rates = [stage.mask_rate for stage in cfg.stages]
+    _require(
+        cfg.masking == MaskingConfig() and not any(rates),
+        f"objective='diffusion' draws its own rates and shows every masked token as [MASK], but {cfg.masking} and "
+        f"stages[…].mask_rate={rates} ask for others: leave masking and mask_rate out; see diffusion.min_rate",
+    )
+
+
+def _check_hybrid(cfg: Config) -> None:
+    share = cfg.hybrid.causal_share
+    _require(
+        not cfg.masking.include_special,
+        "masking.include_special=True cannot be used with objective='hybrid': nothing comes before CLS to predict it from",
+    )
+    for index, stage in enumerate(cfg.stages):
+        for name, part in (("causal", share), ("masked", 1.0 - share)):
+            _require(
+                part == 0 or part * stage.batch_size >= 1,
+                f"hybrid.causal_share={share} leaves some batches of stages[{index}].batch_size={stage.batch_size} "
+                f"without a {name} row: use 0, 1, a share nearer to a half, or a larger batch",
+            )
+
+
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("mlm", "span", "rtd"),
+    "objective": ("mlm", "span", "rtd", "diffusion", "hybrid"),
     "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),

@@ -119,6 +119,22 @@ class RtdConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """For objective = diffusion, which draws a mask rate for each row."""
+
+    min_rate: float = 1e-3  # rates are uniform from here to 1
+    scored_share: float = 1.0  # of a row's positions, how many are scored at most: a random subset of its masked tokens
+    draws: int = 4  # numbers of masks at which an evaluation scores each row
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridConfig:
+    """For objective = hybrid, which masks some rows and reads the others from left to right."""
+
+    causal_share: float = 0.0625  # of a batch's rows; 1 is plain causal language modelling
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule and the learning-rate curve over the whole run (a stage may restart it)."""
 
@@ -160,6 +176,7 @@ class ComputeConfig:
     layers: str = "auto"  # auto (unrolled on CPU, scan elsewhere) | scan | unroll
     remat: str = "none"  # none | dots | full
     attention: str = "auto"  # auto | xla | splash | cudnn
+    head_chunk: int = 128  # diffusion and hybrid: positions of a row whose logits are held at a time; 0 holds all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +230,8 @@ class Config:
     masking: MaskingConfig = MaskingConfig()
     span_boundary: SpanBoundaryConfig = SpanBoundaryConfig()
     rtd: RtdConfig = RtdConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    hybrid: HybridConfig = HybridConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     compute: ComputeConfig = ComputeConfig()

@@ -14,7 +14,9 @@ from mlm_jax.config import Config
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 
-Batch = dict[str, jax.Array]  # int32 tokens and segment_ids [B, L], example_ids and epochs [B]
+# int32 tokens and segment_ids [B, L], example_ids and epochs [B]; in training also float32 places [B], each row's place in
+# the global batch from 0 to 1, which stays with the row when the batch is divided.
+Batch = dict[str, jax.Array]
 Params = dict[str, Any]
 
 
@@ -90,7 +92,8 @@ class Objective(Protocol):
     def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: VocabTables) -> dict[str, Term]:
         """What is measured on held-out rows beside the masked loss and accuracy that every objective is measured by.
 
-        Of a batch with epoch 0 and a key that is the same at every evaluation, so that its masks are frozen.
+        Of a batch with epoch 0 and a key that is the same at every evaluation, so that its masks are frozen. For a term
+        "…bits_per_token" the evaluation reports "…perplexity" too.
         """
 
     def flops_per_token(self, segment_length: float, predicted: float) -> float:

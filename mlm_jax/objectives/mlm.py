@@ -29,7 +29,10 @@ class MaskedLanguageModel(nnx.Module):
     ) -> jax.Array:
         """Float32 logits [B, P, V] at the given positions only."""
         hidden_BLD = self.encoder(tokens_BL, segment_ids_BL, key)
-        hidden_BPD = gather_positions(hidden_BLD, positions_BP)
+        return self.predict(gather_positions(hidden_BLD, positions_BP))
+
+    def predict(self, hidden_BPD: jax.Array) -> jax.Array:
+        """Float32 logits [B, P, V] from the encoder's hidden states."""
         return self.head(hidden_BPD, self.encoder.embeddings.tokens_VD[...].astype(hidden_BPD.dtype))
 
 

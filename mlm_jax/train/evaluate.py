@@ -79,6 +79,8 @@ def evaluate(
     means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in fetched.items()}
     # exp() of a diverged loss would overflow a float; 700 nats is beyond any vocabulary.
     means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    for name in [name for name in means if name.endswith("bits_per_token")]:
+        means[name.replace("bits_per_token", "perplexity")] = 2.0 ** min(means[name], 1000.0)
     means["tokens"] = int(fetched["loss"].weight)
     return means
 

@@ -139,7 +139,7 @@ class _Run:
         self.vocab = vocab_tables(cfg, corpus.tokenizer, workdir.read_ngrams())
         self.log_unigram_V = place(workdir.log_unigrams(cfg.model.vocab_size), jax.P())
         self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-        self.objective = make_objective(cfg, self.compute)
+        self.objective = make_objective(cfg, self.compute, mask_id=corpus.tokenizer.mask_id)
         self.eval_step = make_eval_step(cfg, self.objective)
         self.filler = Filler(self.objective, corpus.tokenizer)
         self.last_time, self.last_step, self.tracing = 0.0, 0, False

@@ -40,6 +40,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnames=("state",))
     def train_step(state: TrainState, batch: Batch, vocab: VocabTables) -> tuple[TrainState, StepMetrics]:
         mask_key = jax.random.key(cfg.seed)
+        batch = batch | {"places": _places(batch["tokens"])}
         dropout_key = None
         if uses_dropout:
             dropout_key = jax.random.fold_in(jax.random.key(cfg.seed + 1, impl=objective.compute.dropout_impl), state.step)
@@ -141,6 +142,12 @@ def _zero_gradient(param: jax.Array) -> jax.Array:
     """Where a parameter's gradient starts to be added up: in float32, and a partial sum on each device."""
     spec = jax.typeof(param).sharding.spec
     return jnp.zeros(param.shape, jnp.float32, out_sharding=jax.P(*spec.partitions, unreduced=spec.reduced))
+
+
+def _places(tokens_BL: jax.Array) -> jax.Array:
+    """Each row's place in the global batch, from 0 to 1: float32 [B]."""
+    rows = tokens_BL.shape[0]
+    return jnp.arange(rows, dtype=jnp.float32, out_sharding=jax.P(ROWS)) / rows
 
 
 def total_loss(sums: LossSums) -> jax.Array:
