@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import errno
 import json
@@ -269,6 +270,35 @@ def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
     return {"step": run.step, "fills": [{"text": t, "masks": f} for t, f in zip(options.texts, fills, strict=True)]}
 
 
+def _declare_generate(parser: argparse.ArgumentParser) -> None:
+    _workdir_option(parser)
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="text with blanks: [MASK], or [MASK:20] for twenty")
+    parser.add_argument("--length", type=int, default=0, help="blanks after the prompt (default 64 if it has none, else 0)")
+    parser.add_argument("--steps", type=int, default=0, help="calls of the model (default: one a blank)")
+    parser.add_argument("--method", help="confidence, ancestral or causal; default: what the run was trained for")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
+    parser.add_argument("--block-size", type=int, default=0, help="blanks filled before the next are begun (default: all)")
+    parser.add_argument("--count", type=int, default=1, help="samples (default 1)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _generate(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.generate import Generator, Sampling, default_method, untrained_for
+    from mlm_jax.inference import open_run
+
+    with _device_errors(), open_run(options.workdir) as run:
+        names = ("steps", "temperature", "block_size", "count", "seed")
+        method = options.method or default_method(run.objective)
+        sampling = Sampling(method, **{name: getattr(options, name) for name in names})
+        caution = untrained_for(run.cfg, method)
+        if caution:
+            print(f"mlm-jax: {caution}", file=sys.stderr)
+        samples = Generator(run.objective, run.tokenizer)(run.params, options.prompt, sampling, length=options.length)
+    for number, text in enumerate(samples, 1):
+        print(*([f"--- {number}"] if len(samples) > 1 else []), text, sep="\n")
+    return {"step": run.step, **dataclasses.asdict(sampling), "caution": caution, "samples": samples}
+
+
 def _declare_score(parser: argparse.ArgumentParser) -> None:
     _workdir_option(parser)
     parser.add_argument(
@@ -425,6 +455,7 @@ VERBS: dict[str, tuple[str, Declare, Run]] = {
     "train": ("pre-train, or continue where the workdir's run stopped", _declare_train, _train),
     "evaluate": ("held-out loss, perplexity and accuracy beside the unigram baseline", _declare_evaluate, _evaluate),
     "fill-mask": ("the most probable tokens at each [MASK]", _declare_fill_mask, _fill_mask),
+    "generate": ("draw text: fill the blanks of a prompt, or continue it", _declare_generate, _generate),
     "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
     "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),
     "compile": ("memory, collectives and estimated speed of a step on a TPU that is not here", _declare_compile, _compile),

@@ -136,6 +136,38 @@ def test_another_objective_and_policy_by_the_config_alone(train, tmp_path, capsy
     assert len(last_json(capsys)["fills"][0]["masks"][0]) == 3
 
 
+@pytest.mark.parametrize(
+    ("objective", "losses", "measure"),
+    [("diffusion", ("loss",), "bound"), ("hybrid", ("masked", "causal"), "causal")],
+)
+def test_other_objectives_train_are_measured_fill_and_generate(objective, losses, measure, train, tmp_path, capsys):
+    path = tmp_path / objective
+    assert train(path, f"objective={objective}", "hybrid.causal_share=0.25", "evaluation.every=0") == 0
+    lines = [line for line in metrics(path) if line["kind"] == "train"]
+    assert all(lines[0][name] > lines[-1][name] > 0 for name in losses)
+    capsys.readouterr()
+    assert main(["evaluate", "--workdir", str(path), "--json"]) == 0
+    found = last_json(capsys)
+    bits = found[f"{measure}_bits_per_token"]
+    assert 2**bits == pytest.approx(found[f"{measure}_perplexity"]) and 0 < bits < 10
+    assert metrics(path)[-1][f"{measure}_bits_per_token"] == pytest.approx(bits, rel=1e-5)
+    assert main(["fill-mask", "--workdir", str(path), "--json", "The [MASK] river meets the [MASK]."]) == 0
+    assert [len(mask) for mask in last_json(capsys)["fills"][0]["masks"]] == [5, 5]
+    command = ["generate", "--workdir", str(path), "--json", "--count=2", "--seed=3"]
+    assert main([*command, "--prompt", "The [MASK:3] river", "--steps=2", "--method=ancestral"]) == 0
+    first = last_json(capsys)
+    assert len(set(first["samples"])) == 2 and all("river" in text and "[MASK]" not in text for text in first["samples"])
+    assert (first["caution"] == "") == (objective == "diffusion")
+    assert main([*command, "--prompt", "The [MASK:3] river", "--steps=2", "--method=ancestral"]) == 0
+    assert last_json(capsys) == first
+    status = main([*command, "--prompt", "The old", "--length=6", "--method=causal", "--temperature=0.5"])
+    if objective == "hybrid":
+        assert status == 0 and all(text.startswith("The old") for text in last_json(capsys)["samples"])
+    else:
+        assert status == 2
+        one_message(capsys, "method causal needs a run with objective='hybrid'")
+
+
 def test_a_profile_of_the_steps_asked_for(train, tmp_path):
     assert train(tmp_path / "run", "stages[0].steps=8", options=("--profile=3:4",)) == 0
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
@@ -237,6 +269,8 @@ MISTAKES = [
     (["evaluate", "--workdir", "nowhere"], ["nowhere is not a run's workdir"]),
     (["evaluate", "--workdir", "w", "--config.seed=1"], ["takes no --config."]),
     (["fill-mask", "--workdir", "nowhere", "a [MASK]"], ["nowhere is not a run's workdir"]),
+    (["generate", "--workdir", "nowhere", "--steps=2"], ["nowhere is not a run's workdir"]),
+    (["generate", "--workdir", "nowhere", "--steps=x"], ["--steps", "'x'"]),
     (["score", "--workdir", "w", "--pairs", "none*.jsonl"], ["no file matches 'none*.jsonl'"]),
     (["report", "--workdir", "nowhere"], ["nowhere"]),
 ]
