@@ -9,7 +9,7 @@ import pytest
 from example_objective import MaskedLMWithZLoss
 from tiny_step import CFG, LENGTH, QUICK, make_rows, mesh_of, on_devices, tables_on, with_places
 
-from mlm_jax.config import Config, MaskingConfig, RtdConfig
+from mlm_jax.config import Config, HybridConfig, MaskingConfig, RtdConfig
 from mlm_jax.config.checks import _CHOICES
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import OBJECTIVES, Keys, make_objective
@@ -29,6 +29,8 @@ VARIANTS = {
     "rtd": dataclasses.replace(
         CFG, objective="rtd", model=dataclasses.replace(CFG.model, num_heads=4), rtd=RtdConfig(generator_size=0.5)
     ),
+    "diffusion": dataclasses.replace(CFG, objective="diffusion"),
+    "hybrid": dataclasses.replace(CFG, objective="hybrid", hybrid=HybridConfig(causal_share=0.25)),
 }
 EXAMPLE = "mlm_z"
 NEW = [name for name in VARIANTS if name != "mlm"]  # test_step.py and test_one_program.py are about `mlm`
