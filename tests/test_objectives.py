@@ -114,6 +114,18 @@ def test_an_objective_gives_the_terms_that_it_declares(name, one):
     assert objective.flops_per_token(10.0, 0.2) > objective.flops_per_token(10.0, 0.1) > 0
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tables_may_have_a_width_of_their_own(name, one):
+    cfg = config(name)
+    objective = make_objective(
+        dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, table_dim=24)), Compute.resolve(cfg.compute)
+    )
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    batch, vocab, keys = on_devices(with_places(make_rows()), one), tables_on(one), Keys(jax.random.key(0), None)
+    sums = jax.eval_shape(lambda p, *rest: objective.loss(p, *rest), params, batch, keys, vocab)
+    assert sums.losses.keys() == set(objective.loss_names)
+
+
 @pytest.mark.parametrize("name", NEW)
 def test_a_batch_has_one_finite_gradient_on_any_mesh_and_accumulation(name):
     expected, expected_sums = gradient(name, "1", 1)

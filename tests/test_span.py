@@ -59,7 +59,7 @@ def test_the_head_is_two_layers_over_both_ends_and_the_distance():
     joined = np.concatenate([left, right, wide["positions_TE"][offsets]], -1)
     kernel = np.concatenate([wide["left_DD"], wide["right_DD"], wide["position_ED"]])
     hidden = normed(gelu_tanh(joined @ kernel + wide["first_bias_D"]), wide["first_norm"])
-    hidden = normed(gelu_tanh(hidden @ wide["second_DD"] + wide["second_bias_D"]), wide["second_norm"])
+    hidden = normed(gelu_tanh(hidden @ wide["second_DE"] + wide["second_bias_E"]), wide["second_norm"])
     # Float32 through two layers; the logits reach 20.
     np.testing.assert_allclose(found, hidden @ table.T + wide["output_bias_V"], atol=2e-4)
 
@@ -67,6 +67,6 @@ def test_the_head_is_two_layers_over_both_ends_and_the_distance():
 def test_its_parameters():
     _, params = parameters()
     assert params["positions_TE"].shape == (6, 10)
-    assert params["left_DD"].shape == params["right_DD"].shape == params["second_DD"].shape == (DIM, DIM)
+    assert params["left_DD"].shape == params["right_DD"].shape == params["second_DE"].shape == (DIM, DIM)
     assert "decoder_VD" not in params  # tied
     assert params["output_bias_V"].shape == (VOCAB,)  # and a bias of its own

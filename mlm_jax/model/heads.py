@@ -60,11 +60,12 @@ class SpanBoundaryHead(nnx.Module):
         self.position_ED = parameter(rngs, init, (span.position_dim, dim), SHARDING.table)
         self.first_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
         self.first_norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
-        self.second_DD = parameter(rngs, init, (dim, dim), SHARDING.transform_DD)
-        self.second_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
-        self.second_norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
+        table = cfg.embedding_dim
+        self.second_DE = parameter(rngs, init, (dim, table), SHARDING.transform_DD)
+        self.second_bias_E = parameter(rngs, zeros, (table,), SHARDING.vector)
+        self.second_norm = LayerNorm(table, cfg.norm_eps, rngs=rngs)
         if not cfg.tie_embeddings:
-            self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, dim), SHARDING.embedding_VD)
+            self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, table), SHARDING.embedding_VD)
         self.output_bias_V = parameter(rngs, zeros, (cfg.vocab_size,), SHARDING.output_bias_V)
         self.cfg = cfg
 
@@ -81,10 +82,10 @@ class SpanBoundaryHead(nnx.Module):
             x_BPD = _dense(left_BPD, self.left_DD) + _dense(right_BPD, self.right_DD)
             x_BPD += _dense(lookup(self.positions_TE[...], offsets_BP), self.position_ED)
             x_BPD = self.first_norm(activation(add_bias(x_BPD, self.first_bias_D[...], (2,))))
-            x_BPD = _dense(x_BPD, self.second_DD)
-            x_BPD = self.second_norm(activation(add_bias(x_BPD, self.second_bias_D[...], (2,))))
+            x_BPE = _dense(x_BPD, self.second_DE)
+            x_BPE = self.second_norm(activation(add_bias(x_BPE, self.second_bias_E[...], (2,))))
             decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
-            return decode(x_BPD, decoder_VD, self.output_bias_V[...])
+            return decode(x_BPE, decoder_VD, self.output_bias_V[...])
 
 
 def decode(hidden_BPD: jax.Array, decoder_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
