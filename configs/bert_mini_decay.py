@@ -51,7 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
                 "weight_decay": 0.01,
                 "clip_norm": 1.0,
             },
-            "stages": ({"steps": 4800, "seq_len": 128, "batch_size": 16},),
+            "stages": (  # bert_mini.py's
+                {"steps": 3600, "seq_len": 32, "batch_size": 64},
+                {"steps": 1200, "seq_len": 128, "batch_size": 16},
+            ),
             "train": {"log_every": 50, "checkpoint_every": 400},
             "evaluation": {
                 "every": 400,

@@ -26,8 +26,8 @@ NAMES = [path.stem for path in RECIPES]
 # Parameters, and tokens in a step of each stage.
 SIZES = {
     "smoke": (958_336, [4_096]),
-    "bert_mini": (5_462_272, [2_048]),
-    "bert_mini_decay": (5_462_272, [2_048]),
+    "bert_mini": (5_462_272, [2_048, 2_048]),
+    "bert_mini_decay": (5_462_272, [2_048, 2_048]),
     "bert_base": (109_514_298, [32_768, 131_072]),
     "bert_large": (335_174_458, [32_768, 131_072]),
     "bert_large_40": (355_411_033, [524_288]),
