@@ -1,4 +1,10 @@
-"""The two kinds of failure a user sees as one message: their own mistake, and a fault of the machine."""
+"""The two kinds of errors that a person is told in one message, and how they are told."""
+
+import errno
+import sys
+import traceback
+
+UNEXPECTED = 70  # the status after an exception that is neither the user's nor the machine's, among several processes
 
 
 class UserError(ValueError):
@@ -7,3 +13,31 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """A fault outside the user's request (disk, checkpoint, device); the command line exits with status 1."""
+
+
+def tell(error: BaseException) -> int | None:
+    """Tells an error that is the user's or the machine's in one message and returns the status; None for any other."""
+    if isinstance(error, UserError):
+        return fail(2, str(error))
+    if isinstance(error, MachineError):
+        return fail(1, str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return fail(1, f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept")
+    if isinstance(error, KeyboardInterrupt):
+        return fail(130, "interrupted")
+    return None
+
+
+def tell_any(error: BaseException) -> int:
+    """Tells any error; for one that has no message of its own, its traceback."""
+    status = tell(error)
+    if status is None:
+        traceback.print_exception(error)
+        return UNEXPECTED
+    return status
+
+
+def fail(status: int, message: str) -> int:
+    """Prints a message as the program's and returns the status."""
+    print(f"mlm-jax: {message}", file=sys.stderr)
+    return status

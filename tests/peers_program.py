@@ -9,17 +9,16 @@ import signal
 import sys
 import time
 
-from mlm_jax.cli import _tell_any
 from mlm_jax.config import Config
 from mlm_jax.distributed import find_cluster, join
-from mlm_jax.errors import MachineError, UserError
+from mlm_jax.errors import MachineError, UserError, tell_any
 
 
 def main() -> int:
     coordinator, num_processes, process_id, behaviour, culprit = sys.argv[1:]
     cluster = find_cluster({}, coordinator=coordinator, num_processes=int(num_processes), process_id=int(process_id))
     peers = join(cluster, Config(name=behaviour), "workdir", timeout=20.0)
-    with peers.ending_at_once(_tell_any):
+    with peers.ending_at_once(tell_any):
         if behaviour == "finish":
             return 0
         if peers.is_primary:
@@ -52,4 +51,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (UserError, MachineError) as error:
-        sys.exit(_tell_any(error))
+        sys.exit(tell_any(error))

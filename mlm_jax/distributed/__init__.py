@@ -2,6 +2,5 @@
 
 from mlm_jax.distributed.cluster import Cluster, find_cluster
 from mlm_jax.distributed.peers import Peers, join
-from mlm_jax.distributed.supervisor import UNEXPECTED
 
-__all__ = ["UNEXPECTED", "Cluster", "Peers", "find_cluster", "join"]
+__all__ = ["Cluster", "Peers", "find_cluster", "join"]

@@ -15,10 +15,10 @@ import time
 
 from mlm_jax.distributed.channel import Channel, Message
 from mlm_jax.distributed.cluster import Cluster
+from mlm_jax.errors import UNEXPECTED
 
 log = logging.getLogger(__name__)
 
-UNEXPECTED = 70  # a worker's status after an exception that is neither the user's nor the machine's
 STOPPED = 128 + signal.SIGTERM  # a worker's status when all have saved and stopped because of a signal
 # A failure here makes others fail elsewhere. Reports are collected for so long before one is called the cause: the first of
 # those that are surely one, else of those with a message of their own, else of those that may be an answer to another.
