@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+import pathlib
 
 import jax
 import numpy as np
@@ -95,6 +97,10 @@ def gradient(name: str, mesh_name: str, accumulation: int):
 def test_a_recipe_may_name_every_objective_and_no_other():
     assert set(_CHOICES["objective"]) == OBJECTIVES.keys() - {EXAMPLE}
     assert OBJECTIVES.keys() - {EXAMPLE} <= {cfg.objective for cfg in VARIANTS.values()}
+
+
+def test_the_example_of_the_readme_is_the_one_that_is_trained_here():
+    assert inspect.getsource(MaskedLMWithZLoss) in (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, EXAMPLE])
