@@ -11,6 +11,9 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# The size of XLA's thread pool. Collectives of different groups start in any order on each device and hold a thread while
+# they wait for each other: with no more threads than devices a mesh of three axes can wait for ever.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
