@@ -21,6 +21,11 @@ def run() -> None:
         # faults: 17% of a bert_mini step. glibc reads this once, when a process starts, so this one starts again.
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdigit() and int(devices) > 1:
+        # Several devices on one CPU are for trials. Each holds threads of XLA's pool while it waits in collectives, so that a
+        # pool of its default size can run out with all of them waiting. XLA reads its size from here.
+        os.environ.setdefault("NPROC", str(4 * int(devices)))
     sys.exit(main())
 
 

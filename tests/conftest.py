@@ -14,6 +14,9 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # The size of XLA's thread pool. Collectives of different groups start in any order on each device and hold a thread while
 # they wait for each other: with no more threads than devices a mesh of three axes can wait for ever.
 os.environ.setdefault("NPROC", "32")
+# XLA ends a process whose devices do not all reach a collective within this time: seconds by default, which a machine that
+# has other work besides can need for a few steps.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=300")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

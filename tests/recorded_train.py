@@ -24,6 +24,7 @@ def record(file: pathlib.Path, hurt: str = "-") -> None:
     import numpy as np
 
     from mlm_jax.objectives.mlm import mask_batch
+    from mlm_jax.objectives.rates import constant_rates
     from mlm_jax.train import loop
 
     original = loop.make_train_step
@@ -42,7 +43,7 @@ def record(file: pathlib.Path, hurt: str = "-") -> None:
 
         @jax.jit
         def mask(batch, vocab):
-            return mask_batch(batch, jax.random.key(cfg.seed), vocab, cfg.masking, cfg.mask_rate(stage))
+            return mask_batch(batch, jax.random.key(cfg.seed), vocab, cfg.masking, constant_rates(cfg.masking))
 
         def recorded(state, batch, vocab):
             with jax.transfer_guard("allow"):
