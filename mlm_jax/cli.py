@@ -23,8 +23,8 @@ def run() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if devices.isdigit() and int(devices) > 1:
-        # Several devices on one CPU are for trials. Each holds threads of XLA's pool while it waits in collectives, so that a
-        # pool of its default size can run out with all of them waiting. XLA reads its size from here.
+        # Several devices on one CPU are for trials. Each holds threads of XLA's pool while it waits in collectives, and in
+        # a pool of the default size all of them can be waiting. XLA reads its size from here.
         os.environ.setdefault("NPROC", str(4 * int(devices)))
     sys.exit(main())
 
