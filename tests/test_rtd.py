@@ -21,6 +21,7 @@ from mlm_jax.masking import MaskedBatch, example_keys
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import mask_batch
+from mlm_jax.objectives.rates import constant_rates
 from mlm_jax.objectives.rtd import SAMPLING, ReplacedTokenDetection, detection_terms, insert_tokens, sample_tokens
 from mlm_jax.train.evaluate import evaluate, make_eval_step
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
@@ -194,7 +195,7 @@ def test_the_losses_by_hand(one):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def parts(params):
-        masked = mask_batch(rows, KEY, vocab, TIED.masking, 0.3)
+        masked = mask_batch(rows, KEY, vocab, TIED.masking, constant_rates(TIED.masking))
         logits = built.logits(params, masked.inputs_BL, rows["segment_ids"], masked.positions_BP)
         keys = example_keys(KEY, rows["epochs"], rows["example_ids"], static=False)
         sampled = sample_tokens(jax.vmap(lambda key: jax.random.fold_in(key, SAMPLING))(keys), logits)
