@@ -6,7 +6,7 @@ Command:
 BERT's own WordPiece: --config.tokenizer.algorithm=pretrained --config.tokenizer.path=tokenizer.json
 Expected: 335,174,458 parameters; 32,768 tokens a step, later 131,072; 43 billion tokens. The published model has 90.9
 F1 on SQuAD 1.1's development set (google-research/bert:README.md).
-Reference topology: TPU v5e:16x16, a row a chip; it also fits v5e:4x4, 16 rows a chip.
+Reference topology: TPU v5e:16x16, a row a chip.
 
 Sources: [O] google-research/bert:optimization.py, [A] modeling.py, [D] create_pretraining_data.py, [R] README.md;
 [P] from the paper, unchecked: that it shares BERT-base's values but for its shape.
