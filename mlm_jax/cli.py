@@ -13,13 +13,20 @@ from mlm_jax import __version__
 from mlm_jax.errors import UserError, tell
 from mlm_jax.verbs import VERBS
 
+# XLA's CPU client allocates a step's temporaries anew each time, and glibc would hand blocks of that size back to the
+# system at once, so that each step began with page faults: up to a third of it. Kept blocks have to come from the heap, and
+# from that of the one main arena, as the other arenas grow to 64 MiB at most. Huge pages make what faults remain cheap.
+_KEEP_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**62, "arena_max": 1}.items()
+)
+
 
 def run() -> None:
     """The program: `main` in a process whose memory is set up for it."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        # XLA's CPU client allocates a step's temporaries anew each time. In huge pages that costs a fraction of the page
-        # faults: 17% of a bert_mini step. glibc reads this once, when a process starts, so this one starts again.
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        # glibc reads this once, when a process starts, so this one starts again.
+        os.environ["GLIBC_TUNABLES"] = _KEEP_MEMORY
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
     if devices.isdigit() and int(devices) > 1:

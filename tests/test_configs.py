@@ -46,8 +46,8 @@ SIZES = {
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
 RATES = {
     "smoke": {0: 0.0, 30: 1.5e-3, 60: 3e-3, 330: 1.5e-3, 600: 0.0},
-    "bert_mini": {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0},
-    "bert_mini_decay": {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0},
+    "bert_mini": {150: 5e-4, 300: 1e-3, 3_150: 5e-4, 6_000: 0.0},
+    "bert_mini_decay": {150: 5e-4, 300: 1e-3, 3_150: 5e-4, 6_000: 0.0},
     "bert_base": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 900_000: 1e-4 * 100 / 990, 1_000_000: 0.0},
     "bert_large": {5_000: 5e-5, 10_000: 1e-4, 505_000: 5e-5, 1_000_000: 0.0},
     "bert_large_40": {690: 1e-3, 1_380: 2e-3, 12_190: 1e-3, 23_000: 0.0},
@@ -202,7 +202,7 @@ def test_what_makes_bert_and_roberta_differ():
 
 def test_masking_of_the_recipes_that_are_about_it():
     decay = load("bert_mini_decay")
-    assert [float(scheduled_rates(decay, 0, step).rate) for step in (0, 2_400, 4_800)] == pytest.approx([0.3, 0.225, 0.15])
+    assert [float(scheduled_rates(decay, 0, step).rate) for step in (0, 3_000, 6_000)] == pytest.approx([0.3, 0.225, 0.15])
     assert (decay.model, decay.optimizer) == (load("bert_mini").model, load("bert_mini").optimizer)
     forty = load("bert_large_40").masking
     assert (forty.rate, forty.mask_prob, forty.random_prob) == (0.4, 1.0, 0.0)

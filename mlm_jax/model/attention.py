@@ -13,7 +13,7 @@ from flax import nnx
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.errors import UserError
-from mlm_jax.model.layers import add_bias, dropout, parameter, weight_init
+from mlm_jax.model.layers import add_bias, dense, dropout, parameter, weight_init
 from mlm_jax.sharding import SHARDING
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Attention(nnx.Module):
                 heads_BHLK = jnp.einsum("BLD,DHK->BHLK", hidden_BLD, kernel_DHK, out_sharding=SHARDING.heads_BHLK)
                 return add_bias(heads_BHLK, bias_HK, (1, 3))
             flat_DF = _merge_heads(kernel_DHK, 1)
-            flat_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, flat_DF, out_sharding=SHARDING.mlp_BLF)
+            flat_BLF = dense(hidden_BLD, flat_DF, SHARDING.mlp_BLF)
             flat_BLF = add_bias(flat_BLF, _merge_heads(bias_HK, 0), (2,))
             shape_BLHK = (*hidden_BLD.shape[:2], *bias_HK.shape)
             return jnp.reshape(flat_BLF, shape_BLHK, out_sharding=SHARDING.heads_BLHK).swapaxes(1, 2)
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
             flat_FD = _merge_heads(output_HKD, 0)
             shape_BLF = (*hidden_BLD.shape[:2], flat_FD.shape[0])
             flat_BLF = jnp.reshape(mixed_BHLK.swapaxes(1, 2), shape_BLF, out_sharding=SHARDING.mlp_BLF)
-            out_BLD = jnp.einsum("BLF,FD->BLD", flat_BLF, flat_FD, out_sharding=SHARDING.hidden_BLD)
+            out_BLD = dense(flat_BLF, flat_FD, SHARDING.hidden_BLD)
         return add_bias(out_BLD, self.output_bias_D[...], (2,))
 
     def _by_splash(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

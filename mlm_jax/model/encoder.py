@@ -11,7 +11,7 @@ from flax import nnx
 from mlm_jax.config import ComputeConfig, ModelConfig
 from mlm_jax.model.attention import KERNEL_RESULTS, Attention, choose_implementation
 from mlm_jax.model.embeddings import Embeddings, segment_positions
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, dropout, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, dense, dropout, parameter, weight_init
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 
 
@@ -52,9 +52,9 @@ class Mlp(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        up_BLF = jnp.einsum("BLD,DF->BLF", hidden_BLD, self.up_DF[...], out_sharding=SHARDING.mlp_BLF)
+        up_BLF = dense(hidden_BLD, self.up_DF[...], SHARDING.mlp_BLF)
         up_BLF = ACTIVATIONS[self.activation](add_bias(up_BLF, self.up_bias_F[...], (2,)))
-        out_BLD = jnp.einsum("BLF,FD->BLD", up_BLF, self.down_FD[...], out_sharding=SHARDING.hidden_BLD)
+        out_BLD = dense(up_BLF, self.down_FD[...], SHARDING.hidden_BLD)
         return add_bias(out_BLD, self.down_bias_D[...], (2,))
 
 
@@ -141,7 +141,7 @@ class Encoder(nnx.Module):
             compute.dtype,
         )
         if cfg.embedding_dim != cfg.embed_dim:
-            hidden_BLD = jnp.einsum("BLE,ED->BLD", hidden_BLD, self.projection_ED[...], out_sharding=SHARDING.hidden_BLD)
+            hidden_BLD = dense(hidden_BLD, self.projection_ED[...], SHARDING.hidden_BLD)
             hidden_BLD = add_bias(hidden_BLD, self.projection_bias_D[...], (2,))
         layer_keys_N = None if keys is None else keys[:-1]
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mlm_jax.config import ModelConfig, SpanBoundaryConfig
 from mlm_jax.model.embeddings import lookup
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, dense, parameter, weight_init
 from mlm_jax.sharding import SHARDING
 
 
@@ -36,7 +36,7 @@ class MaskedLanguageHead(nnx.Module):
     def __call__(self, hidden_BPD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
         """Logits [B, P, V] in float32, sharded over the vocabulary where the mesh has a tensor axis."""
         with jax.named_scope("head"):
-            x_BPD = jnp.einsum("BPD,DE->BPE", hidden_BPD, self.transform_DD[...], out_sharding=SHARDING.hidden_BLD)
+            x_BPD = dense(hidden_BPD, self.transform_DD[...], SHARDING.hidden_BLD)
             x_BPD = ACTIVATIONS[self.cfg.activation](add_bias(x_BPD, self.transform_bias_D[...], (2,)))
             x_BPD = self.norm(x_BPD)
             decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
@@ -97,7 +97,7 @@ def decode(hidden_BPD: jax.Array, decoder_VD: jax.Array, bias_V: jax.Array) -> j
 
 
 def _dense(input_BPE: jax.Array, kernel_ED: nnx.Param[jax.Array]) -> jax.Array:
-    return jnp.einsum("BPE,ED->BPD", input_BPE, kernel_ED[...], out_sharding=SHARDING.hidden_BLD)
+    return dense(input_BPE, kernel_ED[...], SHARDING.hidden_BLD)
 
 
 class DetectionHead(nnx.Module):
@@ -118,7 +118,7 @@ class DetectionHead(nnx.Module):
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
         """Logits [B, L] in float32."""
         with jax.named_scope("head"):
-            x_BLD = jnp.einsum("BLD,DE->BLE", hidden_BLD, self.transform_DD[...], out_sharding=SHARDING.hidden_BLD)
+            x_BLD = dense(hidden_BLD, self.transform_DD[...], SHARDING.hidden_BLD)
             x_BLD = ACTIVATIONS[self.activation](add_bias(x_BLD, self.transform_bias_D[...], (2,)))
             logits_BL1 = jnp.einsum(
                 "BLD,DO->BLO",

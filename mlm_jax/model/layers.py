@@ -83,6 +83,45 @@ def _add_bias_backward(dimensions: tuple[int, ...], bias: jax.Array, grad: jax.A
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x_BLD: jax.Array, kernel_DF: jax.Array, spec: jax.P) -> jax.Array:
+    """The product of an activation's last dimension and a kernel's first, in the sharding `spec`.
+
+    The same as `einsum`, but for the order in which XLA:CPU is to compute the gradient of the kernel.
+    """
+    return jnp.einsum("BLD,DF->BLF", x_BLD, kernel_DF, out_sharding=spec)
+
+
+def _dense_forward(x_BLD: jax.Array, kernel_DF: jax.Array, spec: jax.P) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return dense(x_BLD, kernel_DF, spec), (x_BLD, kernel_DF)
+
+
+def _dense_backward(spec: jax.P, kept: tuple[jax.Array, jax.Array], grad_BLF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BLD, kernel_DF = kept
+    kernel = jax.typeof(kernel_DF).sharding.spec
+    over_D, over_F = kernel.partitions
+
+    def kernel_grad(x_BLD: jax.Array, grad_BLF: jax.Array) -> jax.Array:
+        summed = jax.P(over_D, over_F, unreduced=kernel.reduced)
+        return jnp.einsum("BLD,BLF->DF", x_BLD, grad_BLF, out_sharding=summed)
+
+    def kernel_grad_cpu(x_BLD: jax.Array, grad_BLF: jax.Array) -> jax.Array:
+        if x_BLD.shape[-1] <= grad_BLF.shape[-1]:
+            return kernel_grad(x_BLD, grad_BLF)
+        summed = jax.P(over_F, over_D, unreduced=kernel.reduced)
+        grad_FD = jnp.einsum("BLF,BLD->FD", grad_BLF, x_BLD, out_sharding=summed)
+        return jax.lax.optimization_barrier(grad_FD).T
+
+    # XLA:CPU turns the left operand round first, together with the elementwise work that made it, and slowly: let it be
+    # the narrower one. What autodiff writes (the product FD, turned round) is for either width three times as slow.
+    kernel_grad_DF = jax.lax.platform_dependent(x_BLD, grad_BLF, cpu=kernel_grad_cpu, default=kernel_grad)
+    x_grad_BLD = jnp.einsum("BLF,DF->BLD", grad_BLF, kernel_DF, out_sharding=jax.typeof(x_BLD).sharding.spec)
+    return x_grad_BLD, kernel_grad_DF
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation with statistics in float32 whatever the input's dtype."""
 
@@ -148,7 +187,12 @@ def _random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
     sharding = jax.typeof(like).sharding
     axes = tuple(axis for part in sharding.spec.partitions for axis in axes_of(part))
     if jax.random.key_impl(key) != "rbg" or not axes:
-        return jax.random.bits(key, like.shape, jnp.uint16, out_sharding=sharding.spec)
+        if like.shape[-1] % 2 or axes_of(sharding.spec.partitions[-1]):
+            return jax.random.bits(key, like.shape, jnp.uint16, out_sharding=sharding.spec)
+        # Threefry makes 32 bits whatever is asked for: two elements' worth.
+        words = jax.random.bits(key, (*like.shape[:-1], like.shape[-1] // 2), jnp.uint32, out_sharding=sharding.spec)
+        halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
+        return jax.lax.reshape(halves, like.shape, out_sharding=sharding.spec)
 
     def draw(key: jax.Array) -> jax.Array:
         return jax.random.bits(
