@@ -388,11 +388,10 @@ def test_two_processes_killed_then_one_killed_then_four_are_one_run(runs, alone)
     assert_same_curve(workdir, alone[0])
 
 
-# On a loaded machine it has hung: jax's sync point told one process to stop at a step that the other had just passed.
-@pytest.mark.slow
-def test_sigterm_to_one_of_two_saves_both_and_they_go_on_exactly(runs, alone):
-    workdir = runs.directory / "stopped"
-    statuses, logs, records = runs(workdir, 2, 4, hurt={1: "term@5"})
+@pytest.mark.parametrize("hurt", [{1: "term@5"}, {0: "term@5", 1: "term@6"}], ids=["one", "both"])
+def test_sigterm_to_one_of_two_saves_both_and_they_go_on_exactly(runs, alone, hurt):
+    workdir = runs.directory / f"stopped_{len(hurt)}"
+    statuses, logs, records = runs(workdir, 2, 4, hurt=hurt)
     assert statuses == [143, 143], logs[0].read_text()
     step = newest(workdir)
     assert 5 <= step < STEPS and f"step {step} is saved, the same command continues" in messages(logs[0])[0]

@@ -24,6 +24,9 @@ class Peers:
         self.index = 0 if membership is None else membership.cluster.process_id
         self.is_primary = self.index == 0
         self._primary_is_ready = threading.Event()
+        # How the processes agree on the step to stop after; see `agree_to_stop`.
+        self._agreement = threading.Condition()
+        self._step, self._has_asked, self._has_answered, self._stop_at = 0, False, False, sys.maxsize
         if membership is not None:
             threading.Thread(target=self._listen, args=(membership.control,), daemon=True).start()
 
@@ -34,6 +37,7 @@ class Peers:
         import jax  # the supervisor does without
 
         cluster = self._membership.cluster
+        jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, and `agree_to_stop` its place
         jax.distributed.initialize(
             self._membership.address,
             cluster.num_processes,
@@ -45,8 +49,17 @@ class Peers:
     def _listen(self, control: Channel) -> None:
         while True:
             messages, is_open = control.receive()
-            if any("ready" in message for message in messages):
-                self._primary_is_ready.set()
+            for message in messages:
+                if "ready" in message:
+                    self._primary_is_ready.set()
+                elif "asked" in message:
+                    with self._agreement:
+                        self._has_answered = True
+                        control.send({"at": self._step})
+                elif "stop_at" in message:
+                    with self._agreement:
+                        self._stop_at, self._has_answered = message["stop_at"], False
+                        self._agreement.notify()
             if not is_open:  # the supervisor was killed: without it the others would count this process as dead
                 os._exit(1)
 
@@ -59,6 +72,26 @@ class Peers:
     def wait_for_primary(self) -> None:
         """Waits until the primary has announced, however long that takes: if it fails, this process is ended."""
         self._primary_is_ready.wait()
+
+    def agree_to_stop(self, step: int, wanted: bool) -> bool:
+        """Whether all processes are to stop after this step; each asks after every one.
+
+        Process 0's supervisor, once one process wants to stop or was sent a signal, asks each for the step that it came to.
+        From its answer on a process waits here, until it is told the step after the latest of all answers: so none can have
+        passed it. It takes two messages to and fro, and nothing while nobody wants to stop.
+
+        JAX's own `reached_preemption_sync_point` is meant to work like this too, but was seen to tell one process of two to
+        stop at a step that the other had been let through. All that it listens to is SIGTERM.
+        """
+        if self._membership is None:
+            return wanted
+        if wanted and not self._has_asked:
+            self._has_asked = True
+            self._membership.control.send({"stop": True})
+        with self._agreement:
+            self._agreement.wait_for(lambda: not self._has_answered)
+            self._step = step
+            return step >= self._stop_at
 
     @contextlib.contextmanager
     def ending_at_once(self, report: Callable[[BaseException], int]) -> Iterator[None]:

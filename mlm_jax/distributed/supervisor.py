@@ -47,6 +47,8 @@ class Supervisor:
         self.decide_at = float("inf")
         self.signals_seen = 0
         self.is_prepared = False
+        self.is_stopping = False  # known to process 0, as are the steps that the workers have come to
+        self.steps: dict[int, int] = {}
         self.said: list[tuple[float, bytes]] = []  # the runtime's own lines, held back for a moment
         self.unfinished_line = b""
         self.selector = selectors.DefaultSelector()
@@ -85,7 +87,7 @@ class Supervisor:
             if self.own_status is not None:
                 continue
             if self.signals_seen == 1 and self.is_prepared:
-                os.kill(self.worker, signal.SIGTERM)  # JAX's pre-emption service takes it from there
+                self._on_stop()
             else:
                 when = "before the first step" if self.signals_seen == 1 else "twice; what was saved before is kept"
                 self._fail(128 + number, f"stopped by signal {number} {when}; the same command continues", CAUSE)
@@ -112,7 +114,12 @@ class Supervisor:
     def _on_worker(self) -> None:
         messages, is_open = self.control.receive()
         for message in messages:
-            self._on_ready(message)
+            if "ready" in message:
+                self._on_ready(message)
+            elif "stop" in message:
+                self._on_stop()
+            elif "at" in message:
+                self._on_answer(self.index, message["at"])
         if is_open:
             return
         self.selector.unregister(self.control)
@@ -136,6 +143,27 @@ class Supervisor:
             self.control.send(message)
         self.is_prepared = True
 
+    def _on_stop(self) -> None:
+        """Somebody wants to stop: process 0 asks every worker, once, which step it has come to."""
+        if self.index != 0:
+            self.channels[0].send({"stop": True})
+        elif not self.is_stopping:
+            self.is_stopping = True
+            self._to_workers({"asked": True})
+
+    def _on_answer(self, process: int, step: int) -> None:
+        """What a worker has answered; from then on it waits for the step to stop after (see `Peers.agree_to_stop`)."""
+        if self.index != 0:
+            self.channels[0].send({"at": step, "process": process})
+            return
+        self.steps[process] = step
+        if len(self.steps) == self.cluster.num_processes:
+            self._to_workers({"stop_at": max(self.steps.values()) + 1})
+
+    def _to_workers(self, message: Message) -> None:
+        self._to_all(message)
+        self.control.send(message)
+
     def _to_all(self, message: Message) -> None:
         for channel in self.channels.values():
             channel.send(message)
@@ -146,6 +174,12 @@ class Supervisor:
         for message in messages:
             if "ready" in message:
                 self._on_ready(message)
+            elif "stop" in message:
+                self._on_stop()
+            elif "at" in message:
+                self._on_answer(process, message["at"])
+            elif "asked" in message or "stop_at" in message:
+                self.control.send(message)
             elif "finished" in message:
                 self.finished.add(message["finished"])
             elif "failure" in message:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
@@ -92,9 +91,8 @@ def train(
             stack.enter_context(workdir.lock())
         corpus = _open(cfg, workdir, data_dir or workdir.default_data, workers, peers)
         stack.enter_context(jax.set_mesh(mesh))
-        # The signals of several processes go to their supervisors, and from there to JAX's pre-emption service.
-        received = stack.enter_context(_signals()) if peers.count == 1 else []
-        _Run(cfg, workdir, corpus, mesh, profile, received, is_primary=peers.is_primary).train()
+        received = stack.enter_context(_signals())
+        _Run(cfg, workdir, corpus, mesh, profile, received, peers).train()
 
 
 def _open(cfg: Config, workdir: Workdir, data_dir: str | os.PathLike[str], workers: int | None, peers: Peers) -> Corpus:
@@ -129,11 +127,11 @@ class _Run:
         mesh: jax.sharding.Mesh,
         profile: Profile | None,
         received: list[int],
-        *,
-        is_primary: bool,
+        peers: Peers,
     ):
         self.cfg, self.workdir, self.corpus, self.mesh = cfg, workdir, corpus, mesh
-        self.profile, self.received, self.is_primary = profile if is_primary else None, received, is_primary
+        self.received, self.peers, self.is_primary = received, peers, peers.is_primary
+        self.profile = profile if self.is_primary else None
         self.compute = Compute.resolve(cfg.compute)
         self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
         self.vocab = vocab_tables(cfg, corpus.tokenizer, workdir.read_ngrams())
@@ -190,7 +188,7 @@ class _Run:
                 pending = (step, metrics)
             evaluating = step == last or (cfg.evaluation.every > 0 and step % cfg.evaluation.every == 0)
             saving = step == last or step % cfg.train.checkpoint_every == 0
-            stopping = self._is_time_to_stop(step)
+            stopping = self.peers.agree_to_stop(step, bool(self.received))
             if not (evaluating or saving or stopping):
                 continue
             # What a checkpoint's step has logged must be on disk before the checkpoint is.
@@ -207,10 +205,6 @@ class _Run:
                 self.checkpoints.close()
                 raise Stop(self.received[0] if self.received else signal.SIGTERM, step)
         return state
-
-    def _is_time_to_stop(self, step: int) -> bool:
-        """Whether a signal came to this process or, agreed on with all others for this very step, to any of them."""
-        return bool(self.received) or reached_preemption_sync_point(step)
 
     def _restore_or_init(self) -> tuple[TrainState, int]:
         names = self.objective.loss_names + self.objective.metric_names
