@@ -18,7 +18,7 @@ def _config_option(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE",
-        help="a recipe, as configs/smoke.py; override with --config.section.field=value",
+        help="a recipe, as configs/smoke.py or configs/compare_mini.py:span; override with --config.section.field=value",
     )
 
 

@@ -395,3 +395,17 @@ def test_a_mask_rate_of_a_stage_replaces_the_general_one():
     cfg = Config(name="x", masking=MaskingConfig(rate=0.2), stages=(StageConfig(), StageConfig(mask_rate=0.4)))
     assert [cfg.mask_rate(stage) for stage in cfg.stages] == [0.2, 0.4]
     assert math.isclose(cfg.mask_rate(StageConfig()), 0.2)
+
+
+def test_a_recipe_of_several_variants_is_given_the_name_behind_the_colon(tmp_path, recipe):
+    path = tmp_path / "several.py"
+    body = "    if size not in ('a', 'b'):\n        raise ValueError(f'{size} is neither a nor b')\n"
+    body += "    return ml_collections.ConfigDict({'name': size})\n"
+    path.write_text(f"import ml_collections\ndef get_config(size):\n{body}")
+    assert [load_config(f"{path}:{size}").name for size in "ab"] == ["a", "b"]
+    assert load_config(f"{path}:a", ["seed=3"]).seed == 3
+    for wrong, message in ((f"{path}", "needs a variant"), (f"{path}:c", "c is neither"), (f"{recipe}:a", "no variants")):
+        with pytest.raises(UserError, match=message):
+            load_config(wrong)
+    with pytest.raises(UserError, match=r"no config file .*severl"):
+        load_config(f"{tmp_path}/severl.py:a")

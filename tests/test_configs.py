@@ -21,7 +21,16 @@ from mlm_jax.sharding import make_mesh
 from mlm_jax.train.optimizer import learning_rate
 
 RECIPES = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
-NAMES = [path.stem for path in RECIPES]
+STEMS = [path.stem for path in RECIPES]
+VARIANTS = {"compare_mini": ("mlm", "whole_word", "span", "rtd", "diffusion", "hybrid")}
+
+
+def names_of(stem: str) -> list[str]:
+    """A file's recipes, as FILE or FILE:VARIANT."""
+    return [f"{stem}:{variant}" for variant in VARIANTS[stem]] if stem in VARIANTS else [stem]
+
+
+NAMES = [name for stem in STEMS for name in names_of(stem)]
 
 # Parameters, and tokens in a step of each stage.
 SIZES = {
@@ -41,6 +50,9 @@ SIZES = {
     "mdlm_small": (163_751_808, [524_288]),
     "diffusion_mini": (4_344_064, [4_096]),
     "gpt_bert_small": (22_431_104, [4_194_304, 4_194_304, 4_194_304]),
+    **{f"compare_mini:{variant}": (5_462_272, [2_048]) for variant in ("mlm", "whole_word", "diffusion", "hybrid")},
+    "compare_mini:span": (5_722_808, [2_048]),
+    "compare_mini:rtd": (5_695_553, [2_048]),
 }
 
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
@@ -60,12 +72,15 @@ RATES = {
     "spanbert_large": {5_000: 5e-5, 10_000: 1e-4, 1_205_000: 5e-5, 2_400_000: 0.0},
     "mdlm_small": {1_250: 1.5e-4, 2_500: 3e-4, 500_000: 3e-4, 1_000_000: 3e-4},
     "diffusion_mini": {75: 7.5e-4, 150: 1.5e-3, 1_575: 7.5e-4, 3_000: 0.0},
+    **{name: {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0} for name in names_of("compare_mini")},
     "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 
 
 def load(name: str) -> config.Config:
-    return config.load_config(next(str(path) for path in RECIPES if path.stem == name))
+    stem, _, variant = name.partition(":")
+    path = next(str(path) for path in RECIPES if path.stem == stem)
+    return config.load_config(f"{path}:{variant}" if variant else path)
 
 
 def count_parameters(cfg: config.Config) -> int:
@@ -111,7 +126,7 @@ def test_every_recipe_is_known_here():
     assert set(NAMES) == SIZES.keys() == RATES.keys()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", RECIPES, ids=STEMS)
 def test_a_recipe_is_a_short_list_of_literals(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 100
@@ -119,28 +134,30 @@ def test_a_recipe_is_a_short_list_of_literals(path):
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert [alias.name for node in imports for alias in node.names] == ["ml_collections"]
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert {call for call in calls if not call.endswith(".lock")} == {"ml_collections.ConfigDict"}
+    refusal = {"ValueError"} if path.stem in VARIANTS else set()
+    assert {call for call in calls if not call.endswith(".lock")} == {"ml_collections.ConfigDict"} | refusal
     scope: dict = {}
     exec(compile(tree, str(path), "exec"), scope)
-    recipe = scope["get_config"]()
-    assert isinstance(recipe, ml_collections.ConfigDict) and recipe.is_locked
+    for name in names_of(path.stem):
+        recipe = scope["get_config"](*name.split(":")[1:])
+        assert isinstance(recipe, ml_collections.ConfigDict) and recipe.is_locked
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes(name):
     cfg = load(name)
     parameters, tokens = SIZES[name]
-    assert cfg.name == name
+    assert cfg.name == name.replace(":", "_")
     assert count_parameters(cfg) == parameters
     assert [stage.batch_size * stage.seq_len for stage in cfg.stages] == tokens
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", RECIPES, ids=STEMS)
 def test_the_docstring_says_what_a_reader_needs(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
-    parameters, tokens = SIZES[path.stem]
-    assert f"{parameters:,} parameters" in docstring
-    assert all(f"{count:,}" in docstring for count in tokens)
+    for parameters, tokens in map(SIZES.get, names_of(path.stem)):
+        assert f"{parameters:,} parameters" in docstring
+        assert all(f"{count:,}" in docstring for count in tokens)
     assert f"--config configs/{path.stem}.py" in docstring
     for heading in ("Command:", "Expected:", "Reference topology:"):
         assert heading in docstring
@@ -148,7 +165,7 @@ def test_the_docstring_says_what_a_reader_needs(path):
     assert ("[P]" in path.read_text()) == ("[P] from the paper, unchecked" in " ".join(docstring.split()))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", RECIPES, ids=STEMS)
 def test_every_source_that_is_cited_is_named(path):
     text = path.read_text()
     docstring = ast.get_docstring(ast.parse(text))
@@ -170,9 +187,9 @@ def test_a_recipe_writes_no_path_and_fits_its_vocabulary(name):
     assert cfg.tokenizer.vocab_size <= 65_536  # rows are stored in 16 bits
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+@pytest.mark.parametrize("path", RECIPES, ids=STEMS)
 def test_the_reference_topology_is_the_docstrings_and_divides_each_micro_batch(path):
-    cfg = load(path.stem)
+    cfg = load(names_of(path.stem)[0])
     (stated,) = re.findall(r"Reference topology: (.*)", ast.get_docstring(ast.parse(path.read_text())))
     if not cfg.reference_topology:
         assert stated.startswith("one machine with")
@@ -236,7 +253,14 @@ def test_electras_networks_have_the_published_sizes(name):
     assert generator.num_layers == cfg.model.num_layers and generator.vocab_size == cfg.model.vocab_size
 
 
-@pytest.mark.parametrize("name", ["electra_small", "electra_large"])
+def test_variants_of_one_comparison_differ_in_what_is_learned_alone():
+    variants = [load(name) for name in names_of("compare_mini")]
+    assert len({cfg.name for cfg in variants}) == len(variants)
+    for field in ("seed", "data", "tokenizer", "model", "optimizer", "stages", "train", "evaluation"):
+        assert len({getattr(cfg, field) for cfg in variants}) == 1
+
+
+@pytest.mark.parametrize("name", ["electra_small", "electra_large", "compare_mini:rtd", "compare_mini:span"])
 def test_the_networks_are_built_as_they_are_counted(name):
     cfg = load(name)
     with jax.set_mesh(make_mesh(config.ShardingConfig(), jax.devices()[:1])):

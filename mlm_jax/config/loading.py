@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import pathlib
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,8 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
     """Reads a recipe file, applies `section.field=value` overrides, and checks the whole.
 
     Args:
-        path: a Python file with `get_config() -> ml_collections.ConfigDict`.
+        path: a Python file with `get_config() -> ml_collections.ConfigDict`, or `FILE.py:VARIANT`, whose `get_config` is
+            given the variant's name.
         overrides: `optimizer.learning_rate=1e-3`, `stages[0].steps=100`, as the command line's `--config.` flags.
 
     Raises:
@@ -33,7 +35,8 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def _run_recipe(path: str) -> dict[str, Any]:
-    file = pathlib.Path(path)
+    name, _, variant = path.partition(".py:")
+    file = pathlib.Path(f"{name}.py" if variant else path)
     if not file.is_file():
         siblings = sorted(f.name for f in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"no config file {path}{nearest(file.name, siblings)}")
@@ -43,7 +46,10 @@ def _run_recipe(path: str) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        raw = module.get_config().to_dict()
+        takes_variant = bool(inspect.signature(module.get_config).parameters)
+        if takes_variant != bool(variant):
+            raise ValueError("it needs a variant, as in FILE.py:VARIANT" if takes_variant else "it has no variants")
+        raw = (module.get_config(variant) if variant else module.get_config()).to_dict()
     except Exception as error:
         raise UserError(f"{path} could not be read as a config: {type(error).__name__}: {error}") from error
     stages = raw.get("stages", ({},))
