@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -234,6 +235,48 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> Result:
     return {"report": out}
 
 
+def _declare_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="recipes, as configs/compare_mini.py:span; --config.section.field=value overrides a field in all",
+    )
+    parser.add_argument("--budget-flops", type=float, metavar="F", help="floating-point operations for each")
+    parser.add_argument("--budget-minutes", type=float, metavar="M", help="minutes of training steps for each")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a workdir for each, and compare.html")
+    parser.add_argument("--data", metavar="DIR", help="a prepared corpus; default: made in DIR/data")
+    parser.add_argument(
+        "--blimp", nargs="+", default=[], metavar="GLOB", help="minimal pairs, as `score --pairs`, or folders"
+    )
+
+
+def _compare(options: argparse.Namespace, overrides: list[str]) -> Result | int:
+    from mlm_jax.compare import Interrupted, compare
+    from mlm_jax.report.comparison import failures, format_comparison
+
+    try:
+        table = compare(
+            options.config,
+            overrides,
+            options.out,
+            budget_flops=options.budget_flops,
+            budget_minutes=options.budget_minutes,
+            data_dir=options.data,
+            pairs=options.blimp,
+        )
+    except Interrupted as stop:
+        return fail(128 + stop.number, str(stop))
+    print(format_comparison(table))
+    failed = failures(table)
+    if failed:
+        if options.json:
+            print(json.dumps(table))
+        return fail(1, f"{len(failed)} of {len(table['runs'])} failed: {'; '.join(failed)}")
+    return table
+
+
 def _declare_bench(parser: argparse.ArgumentParser) -> None:
     _config_option(parser)
     parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
@@ -347,6 +390,7 @@ VERBS: dict[str, tuple[str, Declare, Run]] = {
     "generate": ("draw text: fill the blanks of a prompt, or continue it", _declare_generate, _generate),
     "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
     "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),
+    "compare": ("train several configs on one corpus under one budget, for one table and page", _declare_compare, _compare),
     "compile": ("memory, collectives and estimated speed of a step on a TPU that is not here", _declare_compile, _compile),
     "report": ("one HTML page of one or more runs", _declare_report, _report),
 }

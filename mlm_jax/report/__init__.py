@@ -18,12 +18,13 @@ from mlm_jax.workdir import write_atomically
 __all__ = ["write_report"]
 
 
-def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
+def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], lead: str = "") -> None:
     """Writes the page.
 
     Args:
         workdirs: the runs, shown side by side in this order; at most `charts.MAX_RUNS`.
         out: the HTML file.
+        lead: HTML that comes before the report's sections.
 
     Raises:
         UserError: a folder is no workdir or holds no measurement yet, or `out` is a folder.
@@ -37,6 +38,6 @@ def write_report(workdirs: Sequence[str | os.PathLike[str]], out: str | os.PathL
         raise UserError(f"{out} is a folder: name the HTML file to write, as in {os.path.join(out, 'report.html')}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, page(runs).encode())
+        write_atomically(file, page(runs, lead).encode())
     except OSError as error:
         raise MachineError(f"{out} cannot be written: {error.strerror or error}") from error

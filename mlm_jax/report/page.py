@@ -16,12 +16,12 @@ from mlm_jax.report.runs import Record, Run
 _SAYS_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # SentencePiece, byte-level BPE
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The whole HTML document."""
+def page(runs: Sequence[Run], lead: str = "") -> str:
+    """The whole HTML document; `lead` is HTML that comes before all sections."""
     style = importlib.resources.files("mlm_jax.report").joinpath("page.css").read_text(encoding="utf-8")
     title = " · ".join(run.label for run in runs)
     sources = dict.fromkeys(run.cfg.data.source for run in runs)
-    sections = [_headline(runs), _charts(runs), _probes(runs), _config(runs)]
+    sections = [lead, _headline(runs), _charts(runs), _probes(runs), _config(runs)]
     # The policy lets the page load nothing at all, from anywhere.
     return f"""<!doctype html>
 <html lang="en">
@@ -66,9 +66,9 @@ def _headline_row(index: int, run: Run) -> str:
     ]
     tokens, seconds = run.tokens_and_seconds()
     cells += [
-        _cell(tokens or None, _scaled, "rows {:.1%} full", run.median("fill_rate")),
-        _cell(run.median("tokens_per_second"), _scaled, "MFU {:.1%}", run.median("mfu")),
-        f"<td>{_duration(seconds) if seconds else '–'}<small>without evaluation</small></td>",
+        _cell(tokens or None, scaled, "rows {:.1%} full", run.median("fill_rate")),
+        _cell(run.median("tokens_per_second"), scaled, "MFU {:.1%}", run.median("mfu")),
+        f"<td>{duration(seconds) if seconds else '–'}<small>without evaluation</small></td>",
     ]
     total = run.cfg.total_steps
     cells.append(f"<td>{run.last_step:,}<small>{'' if run.last_step >= total else 'so far, '}of {total:,}</small></td>")
@@ -281,7 +281,7 @@ def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
         yield path, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _scaled(value: float) -> str:
+def scaled(value: float) -> str:
     """A count as people say it: 81.3M, 41.2k."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -289,7 +289,8 @@ def _scaled(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it: 1 h 05 min, 2 min 08 s, 41 s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,0 +1,163 @@
+"""The comparison's runs spend one budget, its table is what their workdirs say, and it continues where it stopped."""
+
+import json
+import pathlib
+
+import pytest
+
+from mlm_jax.cli import main
+from mlm_jax.compare import plan_steps, scaled_fields
+from mlm_jax.config import Config, MaskingConfig, OptimizerConfig, StageConfig
+from mlm_jax.errors import UserError
+
+RECIPE = """import ml_collections
+
+
+def get_config(variant):
+    return ml_collections.ConfigDict(
+        {
+            "name": variant.partition("-")[0],
+            "objective": "hybrid" if variant == "hybrid" else "mlm",
+            "hybrid": {"causal_share": 0.5},
+            "tokenizer": {"algorithm": "bpe", "vocab_size": 400 + 8 * variant.endswith("-vocabulary")},
+            "model": {"vocab_size": 512, "num_layers": 1, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64},
+            "optimizer": {"warmup_steps": 10, "learning_rate": 1e30 if variant == "diverges" else 1e-3, "clip_norm": 0.0},
+            "stages": (
+                {"steps": 60, "seq_len": 16, "batch_size": 8},
+                {"steps": 40, "seq_len": 64 if variant == "long" else 32, "batch_size": 8},
+            )[variant == "diverges" :],
+            "train": {"log_every": 5, "checkpoint_every": 1000, "max_nonfinite": 2},
+            "evaluation": {"every": 0, "max_rows": 16, "mask_rate": 0.3 if variant == "masks" else 0.15},
+        }
+    )
+"""
+BUDGET = 1.5e10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """A recipe of variants, text, and minimal pairs."""
+    path = tmp_path_factory.mktemp("compare")
+    (path / "tiny.py").write_text(RECIPE)
+    texts = (f"{i}. The river {i % 7} flows past {i % 11} towns to the {('old', 'cold')[i % 2]} sea." for i in range(400))
+    (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (path / "pairs.jsonl").write_text('{"sentence_good": "The river flows.", "sentence_bad": "flows river The."}\n' * 3)
+    return path
+
+
+def run(folder: pathlib.Path, *variants: str, out: str = "out", budget: tuple[str, ...] = (), more: tuple[str, ...] = ()):
+    specs = [f"{folder}/tiny.py:{variant}" for variant in variants]
+    budget = budget or (f"--budget-flops={BUDGET}",)
+    source = f"--config.data.source=files:{folder}/text.jsonl?field=text"
+    return main(["compare", "--config", *specs, "--out", str(folder / out), *budget, source, *more])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "1")
+        yield
+
+
+def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys):
+    more = ("--blimp", str(folder / "pairs.jsonl"), "--json")
+    names = ("mlm", "diverges", "hybrid")
+    assert run(folder, *names, more=more) == 1
+    streams = capsys.readouterr()
+    printed, page = streams.out, (folder / "out" / "compare.html").read_text()
+    table = json.loads(printed.splitlines()[-1])
+    kept = json.loads((folder / "out" / "compare.json").read_text())["runs"]
+    assert tuple(table["runs"]) == names
+    assert set(table["runs"]["diverges"]) == {"error"}
+    assert "1 of 3 failed: diverges: diverges failed: step" in streams.err and "not finite" in page
+    for name in ("mlm", "hybrid"):
+        row = table["runs"][name]
+        cfg = json.loads((folder / "out" / name / "config.json").read_text())
+        steps = [stage["steps"] for stage in cfg["stages"]]
+        last = kept[name]["stages"][-1]["flops"]
+        spent = sum(n * stage["flops"] for n, stage in zip(steps, kept[name]["stages"], strict=True))
+        assert BUDGET - last < spent <= BUDGET and row["flops"] == spent
+        lines = [json.loads(line) for line in (folder / "out" / name / "metrics.jsonl").read_text().splitlines()]
+        final = lines[-1]
+        assert final["kind"] == "eval" and final["step"] == row["steps"] == sum(steps)
+        assert cfg["optimizer"]["warmup_steps"] == round(10 * sum(steps) / 100)
+        rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
+        assert 0 < rates[-1] < 2e-3 / (sum(steps) - 10 * sum(steps) / 100)  # the curve ends with the budget
+        for measure in ("loss", "accuracy", "unigram_loss", "unigram_accuracy"):
+            assert row[measure] == final[measure]
+        assert row["pairs"] in (0.0, 0.5, 1.0) and row["memory_bytes"] > 1e7 and row["wall_seconds"] > 0
+        assert f"{row['loss']:.3f}" in printed and f"{row['loss']:.3f}" in page
+    mlm, hybrid = (table["runs"][name] for name in ("mlm", "hybrid"))
+    assert mlm["unigram_loss"] == hybrid["unigram_loss"] and mlm["steps"] != hybrid["steps"]
+    assert set(hybrid["own"]) == {"causal_bits_per_token", "causal_perplexity"} and not mlm["own"]
+
+    # The same command trains again only what has failed; another budget or other configs are refused.
+    logs = [(folder / "out" / f"{name}.log").stat().st_size for name in names]
+    assert run(folder, *names, more=more) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == table
+    again = [(folder / "out" / f"{name}.log").stat().st_size for name in names]
+    assert [old == new for old, new in zip(logs, again, strict=True)] == [True, False, True]
+    assert run(folder, *names, budget=("--budget-flops=2e10",)) == 2
+    assert "holds a comparison with other budget" in capsys.readouterr().err
+    assert run(folder, "hybrid", "mlm") == 2
+    assert "holds a comparison with other configs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variants", "budget", "more", "message"),
+    [
+        (("mlm",), (), (), "2 to 8 configs, not 1"),
+        (("mlm", "mlm-again"), (), (), "two of the configs have the name 'mlm'"),
+        (("mlm", "hybrid"), ("--budget-flops=1e9", "--budget-minutes=1"), (), "give one budget"),
+        (("mlm", "hybrid"), ("--config.seed=0",), (), "give one budget"),
+        (("mlm", "hybrid"), ("--budget-minutes=-1",), (), "--budget-minutes=-1.0 must be positive"),
+        (("mlm", "long"), (), (), "ends on rows of 32 and long on rows of 64"),
+        (("mlm", "masks"), (), (), "evaluation.mask_rate=0.15 and masks 0.3"),
+        (("mlm", "hybrid"), (), ("--blimp", "nothing/*.jsonl"), "no file matches"),
+        (("mlm", "hybrid"), (), ("--data", "nowhere"), "no prepared corpus in nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(folder, capsys, variants, budget, more, message):
+    assert run(folder, *variants, out="never", budget=budget, more=more) == 2
+    assert message in capsys.readouterr().err
+    assert not list((folder / "never").glob("*.log"))
+
+
+def test_an_unknown_file(folder, capsys):
+    assert main(["compare", "--config", "a.py", "b.py", "--out", str(folder / "never"), "--budget-flops=1e9"]) == 2
+    assert "no config file a.py" in capsys.readouterr().err
+
+
+def test_configs_of_other_corpora_are_refused(folder, capsys):
+    assert run(folder, "mlm", "other-vocabulary", out="other") == 2
+    assert "tokenizer.vocab_size=400, and the config has 408" in capsys.readouterr().err
+
+
+STAGES = (StageConfig(steps=300, seq_len=32), StageConfig(steps=100, learning_rate=1e-3, warmup_steps=20))
+COSTS = [{"flops": 2.0, "seconds": 0.5}, {"flops": 6.0, "seconds": 3.0}]
+
+
+def test_a_budget_is_shared_in_the_stages_proportions():
+    cfg = Config(name="x", stages=STAGES)
+    assert plan_steps(cfg, COSTS, "flops", 600.0) == [150, 50]
+    assert plan_steps(cfg, COSTS, "minutes", 15.0) == [600, 200]
+    for budget in range(40, 700, 13):
+        steps = plan_steps(cfg, COSTS, "flops", budget)
+        assert budget - 6 < 2 * steps[0] + 6 * steps[1] <= budget
+    with pytest.raises(UserError, match=r"--budget-flops=20 pays \[5, 1\] steps .*10 in all"):
+        plan_steps(cfg, COSTS, "flops", 20.0)
+
+
+def test_all_that_counts_steps_is_scaled_with_them():
+    optimizer = OptimizerConfig(warmup_steps=40, schedule="wsd", decay_steps=100)
+    masking = MaskingConfig(schedule="linear", schedule_start=8, schedule_steps=200, final_rate=0.3)
+    cfg = Config(name="x", stages=STAGES, optimizer=optimizer, masking=masking)
+    assert scaled_fields(cfg, [75, 25]) == {
+        "optimizer.warmup_steps": 10,
+        "optimizer.decay_steps": 25,
+        "masking.schedule_start": 2,
+        "masking.schedule_steps": 50,
+        "stages[0].steps": 75,
+        "stages[1].steps": 25,
+        "stages[1].warmup_steps": 5,
+    }
