@@ -158,8 +158,6 @@ class _Kept:
             for name, value in asked.items():
                 if self.content[name] != value:
                     raise UserError(f"{directory} holds a comparison with other {name}: give another --out")
-        directory.mkdir(parents=True, exist_ok=True)
-        self.save()
 
     def run(self, name: str) -> dict[str, Any]:
         run: dict[str, Any] = self.content["runs"].setdefault(name, {"seconds": 0.0, "peak_bytes": 0, "pairs": {}})
@@ -167,6 +165,8 @@ class _Kept:
         return run
 
     def save(self) -> None:
+        """First once something has been measured: what was asked may be corrected until then."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(epath.Path(self.path), json.dumps(self.content, indent=2).encode())
 
 
