@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlm_jax.report import write_report
-from mlm_jax.report.page import duration, scaled
+from mlm_jax.report.page import duration
 
 Table = Mapping[str, Any]
 HEAD = (
@@ -68,7 +68,7 @@ def cells(table: Table) -> list[list[str]]:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['flops']:.3g}",
             f"{row['steps']:,}",
-            f"{scaled(row['memory_bytes'])}B",
+            f"{row['memory_bytes'] / 1e9:.2f} GB",
             duration(row["wall_seconds"]),
             ", ".join(f"{measure.replace('_', ' ')} {value:.3f}" for measure, value in row["own"].items()),
         ]

@@ -66,8 +66,8 @@ def _headline_row(index: int, run: Run) -> str:
     ]
     tokens, seconds = run.tokens_and_seconds()
     cells += [
-        _cell(tokens or None, scaled, "rows {:.1%} full", run.median("fill_rate")),
-        _cell(run.median("tokens_per_second"), scaled, "MFU {:.1%}", run.median("mfu")),
+        _cell(tokens or None, _scaled, "rows {:.1%} full", run.median("fill_rate")),
+        _cell(run.median("tokens_per_second"), _scaled, "MFU {:.1%}", run.median("mfu")),
         f"<td>{duration(seconds) if seconds else '–'}<small>without evaluation</small></td>",
     ]
     total = run.cfg.total_steps
@@ -95,7 +95,7 @@ def _notes(runs: Sequence[Run]) -> Iterable[str]:
             yield f"{_text(run.label)} has not been evaluated yet."
 
 
-# Title, how values are scaled, the metric, and the baseline that evaluation measured for it.
+# Title, how values are _scaled, the metric, and the baseline that evaluation measured for it.
 _CHARTS = (
     ("Loss", "plain", "loss", "unigram_loss"),
     ("Accuracy on masked tokens", "percent", "accuracy", "unigram_accuracy"),
@@ -281,7 +281,7 @@ def _flatten(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
         yield path, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def scaled(value: float) -> str:
+def _scaled(value: float) -> str:
     """A count as people say it: 81.3M, 41.2k."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
