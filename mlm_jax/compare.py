@@ -145,19 +145,21 @@ def _load(specs: Sequence[str], overrides: Sequence[str]) -> list[Config]:
 
 
 class _Kept:
-    """DIR/compare.json."""
+    """DIR/compare.json. Until something has been trained, what was asked may be corrected."""
 
     def __init__(self, directory: pathlib.Path, asked: dict[str, Any]):
         self.path = directory / "compare.json"
         self.content = {**asked, "runs": {}}
         if self.path.exists():
             try:
-                self.content = json.loads(self.path.read_text())
+                found = json.loads(self.path.read_text())
             except ValueError as error:
-                raise MachineError(f"{self.path} is damaged: {error}; delete it, and what was trained is kept") from error
-            for name, value in asked.items():
-                if self.content[name] != value:
-                    raise UserError(f"{directory} holds a comparison with other {name}: give another --out")
+                raise MachineError(f"{self.path} is damaged: {error}; give another --out") from error
+            differing = [name for name, value in asked.items() if found[name] != value]
+            if differing and any(run["seconds"] for run in found["runs"].values()):
+                raise UserError(f"{directory} holds a comparison with other {differing[0]}: give another --out")
+            if not differing:
+                self.content = found
 
     def run(self, name: str) -> dict[str, Any]:
         run: dict[str, Any] = self.content["runs"].setdefault(name, {"seconds": 0.0, "peak_bytes": 0, "pairs": {}})
@@ -165,7 +167,6 @@ class _Kept:
         return run
 
     def save(self) -> None:
-        """First once something has been measured: what was asked may be corrected until then."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(epath.Path(self.path), json.dumps(self.content, indent=2).encode())
 

@@ -95,7 +95,7 @@ def _notes(runs: Sequence[Run]) -> Iterable[str]:
             yield f"{_text(run.label)} has not been evaluated yet."
 
 
-# Title, how values are _scaled, the metric, and the baseline that evaluation measured for it.
+# Title, how values are scaled, the metric, and the baseline that evaluation measured for it.
 _CHARTS = (
     ("Loss", "plain", "loss", "unigram_loss"),
     ("Accuracy on masked tokens", "percent", "accuracy", "unigram_accuracy"),
