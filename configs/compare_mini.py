@@ -1,7 +1,7 @@
 """BERT, whole-word masking, SpanBERT, ELECTRA, masked diffusion and GPT-BERT's objective at one shape, to be compared.
 
 Command:
-    mlm-jax compare --config configs/compare_mini.py:mlm configs/compare_mini.py:span configs/compare_mini.py:rtd \
+    mlm-jax compare --configs configs/compare_mini.py:mlm configs/compare_mini.py:span configs/compare_mini.py:rtd \
         --budget-minutes 20 --out runs/compare --config.data.source='files:corpus/*.jsonl.gz?field=text'
 The variants are mlm, whole_word, span, rtd, diffusion and hybrid; each is also a recipe of its own, for `train`.
 Expected: 5,462,272 parameters for mlm, whole_word, diffusion and hybrid, 5,722,808 parameters for span and

@@ -237,7 +237,8 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> Result:
 
 def _declare_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config",
+        "--configs",
+        dest="config",
         required=True,
         nargs="+",
         metavar="FILE",

@@ -49,7 +49,7 @@ def run(folder: pathlib.Path, *variants: str, out: str = "out", budget: tuple[st
     specs = [f"{folder}/tiny.py:{variant}" for variant in variants]
     budget = budget or (f"--budget-flops={BUDGET}",)
     source = f"--config.data.source=files:{folder}/text.jsonl?field=text"
-    return main(["compare", "--config", *specs, "--out", str(folder / out), *budget, source, *more])
+    return main(["compare", "--configs", *specs, "--out", str(folder / out), *budget, source, *more])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +124,7 @@ def test_mistakes_are_told_before_any_work(folder, capsys, variants, budget, mor
 
 
 def test_an_unknown_file(folder, capsys):
-    assert main(["compare", "--config", "a.py", "b.py", "--out", str(folder / "never"), "--budget-flops=1e9"]) == 2
+    assert main(["compare", "--configs", "a.py", "b.py", "--out", str(folder / "never"), "--budget-flops=1e9"]) == 2
     assert "no config file a.py" in capsys.readouterr().err
 
 
