@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlm_jax.config import Config, ModelConfig, ShardingConfig
+from mlm_jax.interop.tensors import layout, to_params
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_targets
@@ -20,11 +21,6 @@ from mlm_jax.sharding import make_mesh
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 NUM_LAYERS, NUM_HEADS = 2, 4
 PLAIN = Compute(jnp.dtype("float32"), scan_layers=False, remat="none", attention="xla", platform="cpu")
-HEADS = {
-    "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"),
-    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
-}
-
 CASES = pytest.mark.parametrize(
     ("name", "activation"), [("bert", "gelu_erf"), ("bert", "gelu_tanh"), ("roberta", "gelu_erf")]
 )
@@ -36,85 +32,40 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def norm_of(weight, prefix: str) -> dict:
-    return {"scale_D": weight(f"{prefix}.weight"), "bias_D": weight(f"{prefix}.bias")}
-
-
-def encoder_of(weight, num_heads: int = NUM_HEADS) -> dict:
-    """Our encoder's parameters from Hugging Face's, where `weight(name)` is one of theirs or a gradient of one.
-
-    Their kernels are [out, in]; ours have the input first, heads apart, and layers stacked.
-    """
-
-    def layer(index: int) -> dict:
-        prefix = f"encoder.layer.{index}"
-        attention = {}
-        for role in ("query", "key", "value"):
-            kernel = weight(f"{prefix}.attention.self.{role}.weight").T
-            attention[f"{role}_DHK"] = kernel.reshape(len(kernel), num_heads, -1)
-            attention[f"{role}_bias_HK"] = weight(f"{prefix}.attention.self.{role}.bias").reshape(num_heads, -1)
-        output = weight(f"{prefix}.attention.output.dense.weight").T
-        attention["output_HKD"] = output.reshape(num_heads, -1, output.shape[1])
-        attention["output_bias_D"] = weight(f"{prefix}.attention.output.dense.bias")
-        return {
-            "attention": attention,
-            "attention_norm": norm_of(weight, f"{prefix}.attention.output.LayerNorm"),
-            "mlp": {
-                "up_DF": weight(f"{prefix}.intermediate.dense.weight").T,
-                "up_bias_F": weight(f"{prefix}.intermediate.dense.bias"),
-                "down_FD": weight(f"{prefix}.output.dense.weight").T,
-                "down_bias_D": weight(f"{prefix}.output.dense.bias"),
-            },
-            "mlp_norm": norm_of(weight, f"{prefix}.output.LayerNorm"),
-        }
-
-    return {
-        "embeddings": {
-            "tokens_VD": weight("embeddings.word_embeddings.weight"),
-            "positions_LD": weight("embeddings.position_embeddings.weight"),
-            "token_types_TD": weight("embeddings.token_type_embeddings.weight"),
-            "norm": norm_of(weight, "embeddings.LayerNorm"),
-        },
-        "layers": jax.tree.map(lambda *layers: np.stack(layers), *map(layer, range(NUM_LAYERS))),
-    }
-
-
-def head_of(weight, transform: str, norm: str, bias: str) -> dict:
-    return {
-        "transform_DD": weight(f"{transform}.weight").T,
-        "transform_bias_D": weight(f"{transform}.bias"),
-        "norm": norm_of(weight, norm),
-        "output_bias_V": weight(bias),
-    }
-
-
-def tree_of(name: str, weight) -> dict:
-    return {"encoder": encoder_of(weight), "head": head_of(weight, *HEADS[name])}
-
-
-def parameters(name: str) -> dict:
-    return tree_of(name, lambda weight: golden(name)[f"weight/{weight}"])
-
-
 def objective(name: str, activation: str) -> MaskedLM:
-    params = parameters(name)
-    tables, mlp = params["encoder"]["embeddings"], params["encoder"]["layers"]["mlp"]
+    weights = {key.removeprefix("weight/"): array for key, array in golden(name).items()}
+    vocab_size, embed_dim = weights["embeddings.word_embeddings.weight"].shape
     offset = {"bert": 0, "roberta": 2}[name]
     model = ModelConfig(
-        vocab_size=tables["tokens_VD"].shape[0],
+        vocab_size=vocab_size,
         num_layers=NUM_LAYERS,
-        embed_dim=tables["tokens_VD"].shape[1],
+        embed_dim=embed_dim,
         num_heads=NUM_HEADS,
-        mlp_dim=mlp["up_DF"].shape[-1],
-        max_positions=tables["positions_LD"].shape[0] - offset,
+        mlp_dim=len(weights["encoder.layer.0.intermediate.dense.bias"]),
+        max_positions=len(weights["embeddings.position_embeddings.weight"]) - offset,
         position_offset=offset,
-        num_token_types=tables["token_types_TD"].shape[0],
+        num_token_types=len(weights["embeddings.token_type_embeddings.weight"]),
         activation=activation,
         norm_eps={"bert": 1e-12, "roberta": 1e-5}[name],
         dropout=0.1,  # no key is given, so nothing is dropped
         attention_dropout=0.1,
     )
     return MaskedLM(Config(name=name, model=model), PLAIN)
+
+
+def shapes_of(built) -> dict:
+    with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
+        return jax.eval_shape(built.init, jax.random.key(0))
+
+
+def tree_of(name: str, weight) -> dict:
+    """Our parameters from Hugging Face's, where `weight(name)` is one of theirs or a gradient of one."""
+    tensors = layout(name, "masked", tied=True).tensors
+    return to_params(shapes_of(objective(name, "gelu_erf")), tensors, lambda theirs: weight(theirs.removeprefix(f"{name}.")))
+
+
+def parameters(name: str) -> dict:
+    return tree_of(name, lambda weight: golden(name)[f"weight/{weight}"])
 
 
 @functools.cache
@@ -137,8 +88,6 @@ def result(name: str, activation: str):
         return logits, value, grads
 
     with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
-        shapes = jax.eval_shape(built.init, jax.random.key(0))
-        assert jax.tree.map(np.shape, parameters(name)) == jax.tree.map(lambda leaf: leaf.shape, shapes)
         return jax.device_get(run(parameters(name)))
 
 

@@ -8,45 +8,16 @@ import functools
 import jax
 import numpy as np
 import optax
-from test_golden import PLAIN, encoder_of, golden, head_of
+from test_golden import PLAIN, golden, shapes_of
 
 from mlm_jax.config import Config, ModelConfig, RtdConfig, ShardingConfig
+from mlm_jax.interop.tensors import layout, to_params
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import make_mesh
 
-HEAD = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias")
 
-
-def tree_of(kind: str) -> dict:
-    """Both networks' weights or gradients, the embeddings with the generator."""
-
-    def network(name: str, num_heads: int):
-        def weight(short: str) -> np.ndarray:
-            return golden("electra")[f"{name}/{kind}/{short}"]
-
-        projection = {
-            "projection_ED": weight("embeddings_project.weight").T,
-            "projection_bias_D": weight("embeddings_project.bias"),
-        }
-        return weight, encoder_of(weight, num_heads) | projection
-
-    weight, generator = network("generator", 2)
-    params = {"generator": {"encoder": generator, "head": head_of(weight, *HEAD)}}
-    weight, discriminator = network("discriminator", 4)
-    del discriminator["embeddings"]
-    head = {
-        "transform_DD": weight("discriminator_predictions.dense.weight").T,
-        "transform_bias_D": weight("discriminator_predictions.dense.bias"),
-        "output_D1": weight("discriminator_predictions.dense_prediction.weight").T,
-        "output_bias_1": weight("discriminator_predictions.dense_prediction.bias"),
-    }
-    return params | {"discriminator": {"encoder": discriminator, "head": head}}
-
-
-@functools.cache
-def result():
-    """Our logits of both networks, their losses, and the gradient of ELECTRA's sum: NumPy arrays."""
+def objective() -> ReplacedTokenDetection:
     model = ModelConfig(
         vocab_size=72,
         num_layers=2,
@@ -59,7 +30,28 @@ def result():
         activation="gelu_erf",
     )
     rtd = RtdConfig(generator_size=0.5)
-    built = ReplacedTokenDetection(Config(name="electra", objective="rtd", model=model, rtd=rtd), PLAIN)
+    return ReplacedTokenDetection(Config(name="electra", objective="rtd", model=model, rtd=rtd), PLAIN)
+
+
+def tree_of(kind: str) -> dict:
+    """Both networks' weights or gradients, the embeddings with the generator."""
+    shapes = shapes_of(objective())
+
+    def network(name: str, head: str) -> dict:
+        tensors = layout("electra", head, tied=True).tensors
+        return to_params(shapes[name], tensors, lambda theirs: golden("electra")[f"{name}/{kind}/{short(theirs)}"])
+
+    return {"generator": network("generator", "masked"), "discriminator": network("discriminator", "detection")}
+
+
+def short(theirs: str) -> str:
+    return theirs.removeprefix("electra.")
+
+
+@functools.cache
+def result():
+    """Our logits of both networks, their losses, and the gradient of ELECTRA's sum: NumPy arrays."""
+    built = objective()
     tokens, types, labels = (golden("electra")[f"input/{key}"] for key in ("input_ids", "token_type_ids", "labels"))
     segment_ids = golden("electra")["input/attention_mask"]
     corrupted, replaced = np.where(labels >= 0, labels, tokens), labels >= 0
@@ -81,8 +73,6 @@ def result():
 
     with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
         params = tree_of("weight")
-        shapes = jax.eval_shape(built.init, jax.random.key(0))
-        assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
         return jax.device_get(run(params))
 
 

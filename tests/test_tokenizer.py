@@ -454,7 +454,7 @@ def test_real_languages_round_trip(data_path, language):
     documents = open_source(f"files:{data_path}/{language}/*.jsonl.gz").documents()
     texts = list(itertools.islice(documents, 300))
     tokenizer = train_tokenizer(TokenizerConfig(vocab_size=6000), texts)
-    normal = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._model.blob).normalize
+    normal = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model.blob).normalize
     for text in texts[:100]:
         ids = tokenizer.encode(text)
         assert tokenizer.unk_id not in ids

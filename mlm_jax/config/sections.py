@@ -223,6 +223,7 @@ class Config:
     name: str
     seed: int = 0
     objective: str = "mlm"  # mlm | span
+    init_from: str = ""  # a workdir whose newest parameters the run begins with, as `import` writes one; empty: random ones
     reference_topology: str = ""  # where the recipe is known to fit, as `compile` names it: v5e:4x4; empty for a CPU
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 from mlm_jax.errors import MachineError, UserError
@@ -48,6 +49,29 @@ def replacing(final: pathlib.Path, scratch: pathlib.Path | None = None) -> Itera
             flush(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder beside `final`; it takes that name, whole and on the disk, when the block succeeds.
+
+    Raises:
+        UserError: there is something at `final` already.
+        MachineError: the disk is full, or `final` cannot be written for another reason.
+    """
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{final} is not an empty folder, and nothing in it is overwritten: give a new one")
+    temporary = final.absolute().parent / f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
+    try:
+        with telling_faults(final):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                flush(path)
+            os.replace(temporary, final)
+            flush(temporary.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush(path: pathlib.Path) -> None:

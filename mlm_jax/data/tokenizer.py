@@ -38,6 +38,8 @@ class Tokenizer:
         pad_id, unk_id, cls_id, sep_id, mask_id: the five that every tokenizer has.
         special_ids: sorted int32; these five and every other id that never stands for text.
         fingerprint: hexadecimal hash of the model.
+        file_name: what `save` calls the model's file: tokenizer.model or tokenizer.json.
+        model: the back end, for what needs to know its kind.
     """
 
     def __init__(self, file_name: str, blob: bytes):
@@ -46,22 +48,22 @@ class Tokenizer:
         Raises:
             UserError: the content is no such model, or lacks a special token.
         """
-        self._model = SentencePieceModel(blob) if file_name.endswith(".model") else TokenizersModel(blob)
-        self._file_name = file_name
-        special = self._model.special
-        self.vocab_size = len(self._model.pieces)
+        self.model = SentencePieceModel(blob) if file_name.endswith(".model") else TokenizersModel(blob)
+        self.file_name = file_name
+        special = self.model.special
+        self.vocab_size = len(self.model.pieces)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (special[role] for role in SPECIAL_NAMES)
-        self.special_ids = np.array(sorted({*special.values(), *self._model.silent_ids}), np.int32)
-        self.fingerprint = hashlib.sha256(self._model.blob).hexdigest()
+        self.special_ids = np.array(sorted({*special.values(), *self.model.silent_ids}), np.int32)
+        self.fingerprint = hashlib.sha256(self.model.blob).hexdigest()
         self._is_special = np.zeros(self.vocab_size, bool)
         self._is_special[self.special_ids] = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self._file_name, self._model.blob)
+        return Tokenizer, (self.file_name, self.model.blob)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of running text, int32 [n], nothing added; what would be a special token in it is the unknown token."""
-        ids = [np.array(self._model.encode(part), np.int32) for part in self._parts(text)]
+        ids = [np.array(self.model.encode(part), np.int32) for part in self._parts(text)]
         whole = ids[0] if len(ids) == 1 else np.concatenate(ids)
         whole[self._is_special[whole]] = self.unk_id
         return whole
@@ -76,21 +78,21 @@ class Tokenizer:
         The rest has the ids that it has in running text. A word that is masked takes the space before it along, as in
         training, so that space leaves no piece of its own.
         """
-        ids = np.array(self._model.encode(text.replace(MASK_TEXT, self._model.pieces[self.mask_id])), np.int32)
-        if self._model.lone_space_id is not None:
+        ids = np.array(self.model.encode(text.replace(MASK_TEXT, self.model.pieces[self.mask_id])), np.int32)
+        if self.model.lone_space_id is not None:
             before_mask = np.append(ids[1:] == self.mask_id, False)
-            ids = ids[~(before_mask & (ids == self._model.lone_space_id))]
+            ids = ids[~(before_mask & (ids == self.model.lone_space_id))]
         ids[self._is_special[ids] & (ids != self.mask_id)] = self.unk_id
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; masks and unknown tokens are shown, other special ones are left out."""
         hidden = {*self.special_ids.tolist()} - {self.mask_id, self.unk_id}
-        return self._model.decode([int(index) for index in ids if int(index) not in hidden])
+        return self.model.decode([int(index) for index in ids if int(index) not in hidden])
 
     def piece(self, id: int) -> str:
         """The vocabulary's entry, with the model's own marks of spaces and continuation."""
-        return self._model.pieces[id]
+        return self.model.pieces[id]
 
     def word_starts(self) -> np.ndarray:
         """Which pieces begin a word, bool [vocab_size].
@@ -100,8 +102,8 @@ class Tokenizer:
         starts = self._is_special.copy()
         for index in range(self.vocab_size):
             if not starts[index]:
-                text = self._model.text(index)
-                starts[index] = self._model.after_space(index) or _is_punctuation(text) or _is_unspaced(text[:1])
+                text = self.model.text(index)
+                starts[index] = self.model.after_space(index) or _is_punctuation(text) or _is_unspaced(text[:1])
         return starts
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -109,15 +111,15 @@ class Tokenizer:
         folder = epath.Path(directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / self._file_name).write_bytes(self._model.blob)
+            (folder / self.file_name).write_bytes(self.model.blob)
         except OSError as error:
             raise MachineError(f"the tokenizer could not be written to {directory}: {error}") from error
 
     def _parts(self, text: str) -> Iterator[str]:
         """Cuts a long text between words."""
         start = 0
-        while self._model.cut is not None and len(text) - start > _PART_CHARS:
-            place = self._model.cut.search(text, start + _PART_CHARS)
+        while self.model.cut is not None and len(text) - start > _PART_CHARS:
+            place = self.model.cut.search(text, start + _PART_CHARS)
             if place is None:
                 break
             yield text[start : place.start()]
@@ -126,7 +128,9 @@ class Tokenizer:
 
 
 def load_tokenizer(directory_or_file: str | os.PathLike[str]) -> Tokenizer:
-    """Loads what `Tokenizer.save` wrote, any SentencePiece .model, or a tokenizer.json of WordPiece or byte-level BPE.
+    """Loads what `Tokenizer.save` wrote, any SentencePiece .model, or a tokenizer.json of a kind that it knows.
+
+    Those are WordPiece, byte-level BPE, and what a SentencePiece model becomes there.
 
     A SentencePiece model without a pad, class, separator or mask piece gets one after its last (T5's, XLM-R's).
 

@@ -22,7 +22,7 @@ SPECIAL_NAMES = {
     "sep": ("[SEP]", "<sep>", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
-_SPACE = "\u2581"  # SentencePiece's mark of a space
+SPACE = "\u2581"  # SentencePiece's mark of a space
 _CONTROL, _USER_DEFINED = 3, 4  # SentencePiece's numbers for the types of pieces
 
 
@@ -57,32 +57,36 @@ class SentencePieceModel:
         self._model = model = _load_sentencepiece(blob)
         ids = range(len(self.pieces))
         self.silent_ids = {i for i in ids if model.is_control(i) or model.is_unused(i) or model.is_unknown(i)}
-        self.lone_space_id: int | None = model.piece_to_id(_SPACE)
+        self.lone_space_id: int | None = model.piece_to_id(SPACE)
         self.cut = self._find_cut()
 
     def _find_cut(self) -> re.Pattern[str] | None:
         """Every space between words is a place to cut, if the model treats the beginning of a text as one."""
-        normalize = self._model.normalize
-        if normalize("a") == "a" + _SPACE:
+        normalize = self.normalize
+        if normalize("a") == "a" + SPACE:
             raise UserError("it marks spaces after words (treat_whitespace_as_suffix), so that no piece begins a word")
-        spans_words = any(_SPACE in piece.lstrip(_SPACE) for piece in self.pieces)
-        if spans_words or not normalize("a") == normalize(" a") == _SPACE + "a":
+        spans_words = any(SPACE in piece.lstrip(SPACE) for piece in self.pieces)
+        if spans_words or not normalize("a") == normalize(" a") == SPACE + "a":
             return None
         return re.compile(r"(?<=\S)(?=[ \n]\w)" if normalize("a\na") == normalize("a a") else r"(?<=\S)(?= \w)")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, out_type=int)
 
+    def normalize(self, text: str) -> str:
+        """The text as it is cut: spaces are marks, and one comes first."""
+        return self._model.normalize(text)
+
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
 
     def after_space(self, index: int) -> bool:
         """Whether the piece carries the space before it."""
-        return self.pieces[index].startswith(_SPACE)
+        return self.pieces[index].startswith(SPACE)
 
     def text(self, index: int) -> str:
         """The piece without its marks."""
-        return self.pieces[index].lstrip(_SPACE)
+        return self.pieces[index].lstrip(SPACE)
 
 
 def _load_sentencepiece(blob: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -131,7 +135,7 @@ def _with_piece_type(blob: bytes, index: int, piece_type: int) -> bytes:
 
 
 class TokenizersModel:
-    """A tokenizer.json whose vocabulary says where words begin: WordPiece or byte-level BPE.
+    """A tokenizer.json whose vocabulary says where words begin: WordPiece, byte-level BPE, or SentencePiece's marks.
 
     Attributes: as in `SentencePieceModel`.
     """
@@ -141,9 +145,11 @@ class TokenizersModel:
         try:
             spec = json.loads(blob)
             self._continuation = _continuation_mark(spec)
+            self._marks_spaces = '"Metaspace"' in json.dumps(spec["pre_tokenizer"])
             self._prefix_space = _switch_off_prefix_space(spec)
             # Line ends may belong to the piece before them, spaces to the one behind.
-            self.cut = re.compile(r"(?<=\S)(?= \w)" if self._prefix_space else r"(?<=\S)(?= \w)|(?<=\S\n)(?=\w)")
+            only_spaces = self._prefix_space or self._marks_spaces
+            self.cut = re.compile(r"(?<=\S)(?= \w)" if only_spaces else r"(?<=\S)(?= \w)|(?<=\S\n)(?=\w)")
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except UserError:
             raise
@@ -156,7 +162,8 @@ class TokenizersModel:
         self.pieces = [piece_of.get(index, "") for index in range(max(piece_of) + 1)]
         self.silent_ids = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.silent_ids |= {index for index in range(len(self.pieces)) if index not in piece_of}
-        self.lone_space_id = None if self._continuation is not None else self._tokenizer.token_to_id(_CHAR_OF_BYTE[0x20])
+        space = SPACE if self._marks_spaces else _CHAR_OF_BYTE[0x20]
+        self.lone_space_id = None if self._continuation is not None else self._tokenizer.token_to_id(space)
 
     def encode(self, text: str) -> list[int]:
         if self._prefix_space and not text.startswith(" "):
@@ -170,12 +177,16 @@ class TokenizersModel:
         """Whether the piece carries the space before it, or none of WordPiece's marks of continuation."""
         if self._continuation is not None:
             return not self.pieces[index].startswith(self._continuation)
+        if self._marks_spaces:
+            return self.pieces[index].startswith(SPACE)
         return self._bytes(index)[:1].isspace()
 
     def text(self, index: int) -> str:
         """The piece without its marks; empty for a part of a character."""
         if self._continuation is not None:
             return self.pieces[index].removeprefix(self._continuation)
+        if self._marks_spaces:
+            return self.pieces[index].lstrip(SPACE)
         return self._bytes(index).decode("utf-8", errors="ignore").strip()
 
     def _bytes(self, index: int) -> bytes:
@@ -197,15 +208,16 @@ def _switch_off_prefix_space(spec: Mapping[str, Any]) -> bool:
 
 
 def _continuation_mark(spec: Mapping[str, Any]) -> str | None:
-    """WordPiece's mark of a piece within a word; None for byte-level BPE, which marks the space before a word."""
-    model = spec["model"]
+    """WordPiece's mark of a piece within a word; None for the others, which mark the space before a word."""
+    model, cuts = spec["model"], json.dumps(spec["pre_tokenizer"])
     if model["type"] == "WordPiece":
         return str(model["continuing_subword_prefix"])
-    if model["type"] == "BPE" and '"ByteLevel"' in json.dumps(spec["pre_tokenizer"]):
+    whole_words = '"Metaspace"' in cuts and '"split": false' not in cuts
+    if (model["type"] == "BPE" and '"ByteLevel"' in cuts) or (model["type"] in ("BPE", "Unigram") and whole_words):
         return None
     raise UserError(
-        f"its model is {model['type']}, and only WordPiece and byte-level BPE are supported in a tokenizer.json; for"
-        " SentencePiece pass its own .model file"
+        f"its model is {model['type']} of an unknown cut into words; a tokenizer.json may hold WordPiece, byte-level BPE, or"
+        " Unigram and BPE behind Metaspace; for SentencePiece pass its own .model file"
     )
 
 

@@ -26,6 +26,7 @@ from mlm_jax.fill_mask import Filler
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, place
+from mlm_jax.train.begin import begin
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
 from mlm_jax.train.feed import device_batches, vocab_tables
@@ -220,7 +221,7 @@ class _Run:
         abstract = jax.tree.map(self._concrete, jax.eval_shape(create))
         restored = self.checkpoints.restore(abstract)
         if restored is None:
-            return create(), 0
+            return begin(create(), self.objective, self.corpus.tokenizer), 0
         logger.info("continuing from the checkpoint of step %d", restored[1])
         return restored
 

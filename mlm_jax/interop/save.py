@@ -1,0 +1,104 @@
+"""`mlm-jax export`: the network of a workdir becomes a folder that `transformers` loads."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from mlm_jax.config import ModelConfig
+from mlm_jax.data.atomic import new_folder
+from mlm_jax.errors import UserError
+from mlm_jax.inference import TrainedRun, open_run
+from mlm_jax.interop.fields import FAMILIES, choose_family, write_model
+from mlm_jax.interop.tensors import layout, to_tensors
+from mlm_jax.interop.tokenizer_files import write_tokenizer
+from mlm_jax.objectives.rtd import ReplacedTokenDetection
+
+# What stays behind of an objective that trains more than is written.
+_LEFT_BEHIND = {"span": "the head between a span's ends is left out: no class of transformers has it"}
+
+
+def export_run(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    network: str | None = None,
+    model_type: str | None = None,
+) -> dict[str, Any]:
+    """Writes a folder, whole or not at all.
+
+    Args:
+        workdir: a trained or an imported run.
+        out: a new or empty folder.
+        network: of replaced-token detection: "discriminator" (default) or "generator".
+        model_type: which of `FAMILIES`; by default the one that fits.
+
+    Raises:
+        UserError: the run, or its tokenizer, has no counterpart in `transformers`; `out` is not empty.
+        MachineError: the folder cannot be written.
+    """
+    if "://" in os.fspath(out):
+        raise UserError(f"{out}: export writes a local folder; copy it to its bucket afterwards")
+    with open_run(workdir) as run:
+        head, model, params = _network(run, network)
+        params = jax.device_get(params)
+    chosen = choose_family(model, head, model_type)
+    tokenizer = run.tokenizer
+    model, params = _as_theirs(model, params, chosen, tokenizer.pad_id)
+    names = layout(chosen, head, tied=model.tie_embeddings)
+    tensors = to_tensors(params, names.tensors)
+    if not model.tie_embeddings:
+        tensors |= {copy: tensors[original] for copy, original in names.copies.items()}
+    with new_folder(pathlib.Path(out)) as folder:
+        config = write_model(model, chosen, head, tokenizer.model.special)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights = folder / "model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod((folder / "config.json").stat().st_mode & 0o777)  # the package lets nobody else read it
+        write_tokenizer(tokenizer, folder, max_length=model.max_positions, num_token_types=model.num_token_types)
+    return {
+        "out": str(out),
+        "model_type": chosen,
+        "class": config["architectures"][0],
+        "step": run.step,
+        "parameters": sum(array.size for array in tensors.values()),
+        "note": _LEFT_BEHIND.get(run.cfg.objective, ""),
+    }
+
+
+def _network(run: TrainedRun, wanted: str | None) -> tuple[str, ModelConfig, Any]:
+    """Which head it has, its architecture and parameters."""
+    cfg, objective = run.cfg, run.objective
+    if wanted not in (None, "discriminator", "generator"):
+        raise UserError(f"--network={wanted} is none of discriminator, generator")
+    if isinstance(objective, ReplacedTokenDetection):
+        if wanted == "generator":
+            return "masked", cfg.rtd.generator(cfg.model), run.params["generator"]
+        return "detection", cfg.model, objective.discriminator_params(run.params)
+    if wanted:
+        raise UserError(f"--network={wanted} is for objective='rtd', and this run's is {cfg.objective!r}: leave it out")
+    if cfg.objective not in ("mlm", "span"):
+        raise UserError(
+            f"objective={cfg.objective!r} cannot be exported: no class of transformers computes what it was trained for; "
+            "mlm, span and rtd can"
+        )
+    return "masked", cfg.model, {name: run.params[name] for name in ("encoder", "head")}
+
+
+def _as_theirs(model: ModelConfig, params: Any, model_type: str, pad_id: int) -> tuple[ModelConfig, Any]:
+    """The same function with the tables that a family has: of token types, and of positions with its rows of no use."""
+    embeddings = dict(params["encoder"]["embeddings"])
+    table = embeddings["positions_LD"]
+    offset = pad_id + 1 if FAMILIES[model_type].positions_follow_padding else 0
+    unused = np.zeros((max(0, offset - model.position_offset), table.shape[1]), np.float32)
+    embeddings["positions_LD"] = np.concatenate([unused, table[max(0, model.position_offset - offset) :]])
+    if not model.num_token_types:
+        embeddings["token_types_TD"] = np.zeros((1, table.shape[1]), np.float32)
+    types = max(1, model.num_token_types)
+    changed = dataclasses.replace(model, position_offset=offset, num_token_types=types)
+    return changed, params | {"encoder": params["encoder"] | {"embeddings": embeddings}}
