@@ -88,7 +88,7 @@ def import_folder(
     with new_folder(final) as temporary, jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
         objective = make_objective(cfg, Compute.resolve(cfg.compute), mask_id=tokenizer.mask_id)
         params = _read(objective, folder, second, fresh=fresh)
-        _write(Workdir(temporary), cfg, tokenizer, objective, params)
+        write_run(Workdir(temporary), cfg, tokenizer, objective, params)
         write_recipe(temporary / RECIPE, cfg, final, folder.path)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
@@ -273,7 +273,7 @@ def _check_copies(folder: _Folder, copies: Mapping[str, str]) -> None:
             )
 
 
-def _write(workdir: Workdir, cfg: Config, tokenizer: Tokenizer, objective: Objective, params: Any) -> None:
+def write_run(workdir: Workdir, cfg: Config, tokenizer: Tokenizer, objective: Objective, params: Any) -> None:
     """A run at step 0: with nothing known of the text, so that every token counts as equally frequent."""
     workdir.open_for_training(cfg)
     workdir.write_language(tokenizer, np.zeros(tokenizer.vocab_size, np.int64))

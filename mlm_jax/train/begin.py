@@ -39,7 +39,7 @@ def begin(state: TrainState, objective: Objective, tokenizer: Tokenizer) -> Trai
         )
     if source.read_tokenizer().fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"init_from={cfg.init_from} has another tokenizer, whose ids mean other text: set tokenizer.algorithm=pretrained "
+            f"init_from={cfg.init_from} has another tokenizer, with other ids: set tokenizer.algorithm=pretrained "
             f"and tokenizer.path to the file in {source.path / 'tokenizer'}"
         )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)

@@ -1,0 +1,195 @@
+"""Random models of `transformers` and ours, carried both ways: python tests/interop_parity.py prints the differences.
+
+Needs the extra `peers`. test_interop_peers.py asserts what the table shows.
+"""
+
+import conftest  # noqa: F401, I001  (the environment comes first)
+
+import json
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import tokenizers
+import torch
+import transformers
+from golden.make_bert_golden import randomise
+from interop_runs import LENGTH, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run
+
+from mlm_jax.interop.load import import_folder
+from mlm_jax.interop.save import export_run
+from mlm_jax.interop.tensors import layout
+
+LENGTHS = [LENGTH, 13, 7, 20, 5, 11, 9, 2]
+SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+class Case(NamedTuple):
+    """A model of theirs: its config's and model's classes, fields, and what its tokenizer is."""
+
+    config: str
+    model: str
+    tokenizer: str
+    fields: dict
+
+    @property
+    def detection(self) -> bool:
+        return self.model.endswith("ForPreTraining")
+
+
+ROBERTA = {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+THEIRS = {
+    "BERT": Case("BertConfig", "BertForMaskedLM", "wordpiece", {}),
+    "BERT, gelu_new, decoder of its own": Case(
+        "BertConfig", "BertForMaskedLM", "wordpiece", {"hidden_act": "gelu_new", "tie_word_embeddings": False}
+    ),
+    "RoBERTa": Case("RobertaConfig", "RobertaForMaskedLM", "bytes", ROBERTA),
+    "XLM-R": Case("XLMRobertaConfig", "XLMRobertaForMaskedLM", "unigram", ROBERTA),
+    "ELECTRA generator": Case("ElectraConfig", "ElectraForMaskedLM", "wordpiece", {"embedding_size": 16}),
+    "ELECTRA generator, decoder of its own": Case(
+        "ElectraConfig", "ElectraForMaskedLM", "wordpiece", {"embedding_size": 16, "tie_word_embeddings": False}
+    ),
+    "ELECTRA discriminator": Case("ElectraConfig", "ElectraForPreTraining", "wordpiece", {"embedding_size": 16}),
+    "ELECTRA discriminator, width of its tables": Case(
+        "ElectraConfig", "ElectraForPreTraining", "wordpiece", {"embedding_size": 32, "hidden_act": "gelu_new"}
+    ),
+}
+# Ours: config, and what is asked of `export`.
+OURS = {
+    "no token types": (config(), {}),
+    "exact GELU, as RoBERTa": (config(activation="gelu_erf", position_offset=2), {}),
+    "exact GELU, as XLM-R": (config(activation="gelu_erf", num_token_types=1), {"model_type": "xlm-roberta"}),
+    "positions behind 2, as BERT": (config(position_offset=2, num_token_types=2), {"model_type": "bert"}),
+    "decoder of its own": (config(tie_embeddings=False, activation="relu"), {}),
+    "narrow tables": (config(table_dim=16, activation="gelu_erf"), {}),
+    "span": (config("span"), {}),
+    "rtd, discriminator": (config("rtd", table_dim=16), {}),
+    "rtd, generator": (config("rtd", activation="gelu_erf"), {"network": "generator"}),
+}
+
+
+class Differences(NamedTuple):
+    """The largest absolute differences of logits."""
+
+    whole: float
+    padded: float
+    packed: float
+
+
+def build(name: str, folder: pathlib.Path) -> torch.nn.Module:
+    """A random model of theirs, saved with a tokenizer of its kind."""
+    case = THEIRS[name]
+    shape = SHAPE | {"max_position_embeddings": LENGTH} | case.fields
+    model = getattr(transformers, case.model)(getattr(transformers, case.config)(**shape)).eval()
+    randomise(model, torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    build_tokenizer(case.tokenizer).save_pretrained(folder)
+    return model
+
+
+def build_tokenizer(kind: str) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer of the class that a family has, trained on a few words."""
+    if kind == "wordpiece":
+        names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        made = transformers.BertTokenizer().backend_tokenizer
+        trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=120, special_tokens=names, show_progress=False)
+        made.train_from_iterator(TEXTS, trainer)
+        return transformers.BertTokenizer(vocab=made.get_vocab())
+    names = ["<s>", "<pad>", "</s>", "<unk>"]
+    if kind == "bytes":
+        made = transformers.RobertaTokenizer().backend_tokenizer
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=330, special_tokens=[*names, "<mask>"], initial_alphabet=alphabet
+        )
+        made.train_from_iterator(TEXTS, trainer)
+        model = json.loads(made.to_str())["model"]
+        merges = [tuple(pair) for pair in model["merges"]]
+        return transformers.RobertaTokenizer(vocab=model["vocab"], merges=merges)
+    pieces = [small_tokenizer("unigram").piece(index) for index in range(5, small_tokenizer("unigram").vocab_size)]
+    regular = [(piece, -1.0 - 0.01 * rank) for rank, piece in enumerate(pieces) if not piece.startswith("<0x")]
+    return transformers.XLMRobertaTokenizer(vocab=[*((name, 0.0) for name in names), *regular, ("<mask>", 0.0)])
+
+
+def load(folder: pathlib.Path, *, detection: bool) -> torch.nn.Module:
+    """An exported model as a user loads it; nothing may be missing or left over."""
+    auto = transformers.AutoModelForPreTraining if detection else transformers.AutoModelForMaskedLM
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def compare(model: torch.nn.Module, workdir: pathlib.Path, *, detection: bool) -> Differences:
+    """Their logits against ours: of a row without padding, of padded rows, and of packed ones against theirs one by one."""
+    with torch.no_grad():
+        pad_id = model.config.pad_token_id
+        tokens, segment_ids = rows(model.config.vocab_size, {pad_id}, LENGTHS, pad_id)
+
+        def theirs(tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+            more = {} if mask is None else {"attention_mask": torch.tensor(mask.astype(np.int64))}
+            return model(input_ids=torch.tensor(tokens.astype(np.int64)), **more).logits.numpy()
+
+        ours = our_logits(workdir, tokens, segment_ids, detection=detection)
+        whole = np.abs(ours[:1] - theirs(tokens[:1])).max()
+        real = segment_ids > 0
+        padded = np.abs(ours - theirs(tokens, segment_ids))[real].max()
+        # Rows of 13 + 7 + 2 tokens in one.
+        parts = [tokens[row, : LENGTHS[row]] for row in (1, 2, 7)]
+        ids = np.repeat([1, 2, 3], [len(part) for part in parts]).astype(np.int32)
+        packed = our_logits(workdir, np.concatenate(parts)[None], ids[None], detection=detection)[0]
+        alone = np.concatenate([theirs(part[None])[0] for part in parts])
+        return Differences(float(whole), float(padded), float(np.abs(packed - alone).max()))
+
+
+def carry_theirs(name: str, base: pathlib.Path) -> tuple[Differences, Differences, bool]:
+    """Differences after the import and after the export that follows it, and whether every tensor has its bytes again."""
+    case, folder = THEIRS[name], base / "theirs"
+    model = build(name, folder)
+    import_folder(folder, base / "workdir", fresh=case.detection)
+    imported = compare(model, base / "workdir", detection=case.detection)
+    model_type = model.config.model_type
+    export_run(base / "workdir", base / "out", model_type=model_type)
+    exported = compare(load(base / "out", detection=case.detection), base / "workdir", detection=case.detection)
+    before, after = (safetensors.numpy.load_file(base / part / "model.safetensors") for part in ("theirs", "out"))
+    # BERT has a second bias that nothing reads where the decoder is its own.
+    tied = model.config.tie_word_embeddings
+    unread = layout(model_type, "detection" if case.detection else "masked", tied=tied).copies
+    read = before.keys() - unread.keys()
+    same = before.keys() == after.keys() and all(before[key].tobytes() == after[key].tobytes() for key in read)
+    return imported, exported, same
+
+
+def carry_ours(name: str, base: pathlib.Path) -> Differences:
+    """Differences after the export of a random model of ours."""
+    cfg, options = OURS[name]
+    workdir = write_random_run(base / "workdir", cfg)
+    detection = cfg.objective == "rtd" and "network" not in options
+    export_run(workdir, base / "out", **options)
+    return compare(load(base / "out", detection=detection), workdir, detection=detection)
+
+
+def main() -> None:
+    """Prints the table in Markdown."""
+    transformers.utils.logging.disable_progress_bar()
+    print("| model | direction | one row | padded rows | packed rows | bytes of all tensors again |")
+    print("|--|--|--|--|--|--|")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(THEIRS):
+            imported, exported, same = carry_theirs(name, pathlib.Path(folder) / f"theirs{number}")
+            for direction, found, kept in (("import", imported, ""), ("import, export", exported, "yes" if same else "no")):
+                print(f"| {name} | {direction} | {' | '.join(f'{value:.1e}' for value in found)} | {kept} |", flush=True)
+        for number, name in enumerate(OURS):
+            found = carry_ours(name, pathlib.Path(folder) / f"ours{number}")
+            print(f"| ours: {name} | export | {' | '.join(f'{value:.1e}' for value in found)} | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
