@@ -5,6 +5,7 @@ Needs the extra `peers`. test_interop_peers.py asserts what the table shows.
 
 import conftest  # noqa: F401, I001  (the environment comes first)
 
+import functools
 import json
 import pathlib
 import tempfile
@@ -95,6 +96,7 @@ def build(name: str, folder: pathlib.Path) -> torch.nn.Module:
     return model
 
 
+@functools.cache
 def build_tokenizer(kind: str) -> transformers.PreTrainedTokenizerBase:
     """A tokenizer of the class that a family has, trained on a few words."""
     if kind == "wordpiece":

@@ -147,6 +147,7 @@ def test_our_tokenizers_are_theirs_too(algorithm, num_token_types, tmp_path, cap
     write_random_run(tmp_path / "workdir", config(num_token_types=num_token_types), ours)
     export_run(tmp_path / "workdir", tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert not caplog.records
     for text in [*TEXTS[:4], *ODD[:-1]]:
         assert theirs(text).input_ids == [ours.cls_id, *ours.encode(text).tolist(), ours.sep_id], text
     for text in ("the [MASK] sat", "[MASK]", "a[MASK] [MASK]  [MASK]b", " [MASK] the"):
@@ -158,7 +159,6 @@ def test_our_tokenizers_are_theirs_too(algorithm, num_token_types, tmp_path, cap
     assert theirs.decode(theirs(TEXTS[0]).input_ids, skip_special_tokens=True) == TEXTS[0]
     padded = theirs(["the cat", "a"], padding=True)
     assert padded.input_ids[1][-1] == ours.pad_id and padded.attention_mask[1][-1] == 0
-    assert not caplog.records
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])

@@ -216,8 +216,8 @@ def _continuation_mark(spec: Mapping[str, Any]) -> str | None:
     if (model["type"] == "BPE" and '"ByteLevel"' in cuts) or (model["type"] in ("BPE", "Unigram") and whole_words):
         return None
     raise UserError(
-        f"its model is {model['type']} of an unknown cut into words; a tokenizer.json may hold WordPiece, byte-level BPE, or"
-        " Unigram and BPE behind Metaspace; for SentencePiece pass its own .model file"
+        f"its model is {model['type']}, with words cut in a way not known here: a tokenizer.json may hold WordPiece, "
+        "byte-level BPE, or Unigram and BPE behind Metaspace; for SentencePiece pass its own .model file"
     )
 
 

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_jax.data.tokenizer_models import SentencePieceModel
@@ -89,6 +89,9 @@ def _byte_level(folder: pathlib.Path) -> tokenizers.Tokenizer:
     fast = tokenizers.Tokenizer(core)
     prefix = bool(_settings(folder).get("add_prefix_space", False))
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel()
+    cls, sep = fast.token_to_id("<s>"), fast.token_to_id("</s>")
+    if cls is not None and sep is not None:  # else it is told which of the special tokens is not there
+        fast.post_processor = processors.RobertaProcessing(("</s>", sep), ("<s>", cls), add_prefix_space=prefix)
     return fast
 
 

@@ -32,7 +32,7 @@ def begin(state: TrainState, objective: Objective, tokenizer: Tokenizer) -> Trai
     theirs = source.read_config()
     _check_models(cfg, theirs)
     drawn = jax.eval_shape(make_objective(theirs, objective.compute).init, jax.random.key(0))
-    if jax.tree.structure(drawn) != jax.tree.structure(state.params):
+    if jax.tree.map(lambda leaf: leaf.shape, drawn) != jax.tree.map(lambda leaf: leaf.shape, state.params):
         raise UserError(
             f"init_from={cfg.init_from} is a run of objective={theirs.objective!r}, which has other parameters than "
             f"{cfg.objective!r}: begin with a run of the same objective"
