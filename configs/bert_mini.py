@@ -5,7 +5,7 @@ Command:
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
 Without the last line it reads the documentation that comes with Python, over and over.
 Expected: 5,462,272 parameters, 2,048 tokens a step, 12.3 million tokens in all: half an hour on two CPU cores. On 53 MB
-of Wikipedia: held-out loss 4.203 and accuracy 31.0%, where a unigram model has 6.988 and 3.6%.
+of Wikipedia: held-out loss 4.203 and accuracy 31.0%, where a unigram model has 6.988 and 3.5%.
 The published model, with BERT's vocabulary of 30,522 and a full-length pre-training, scores 65.8 on GLUE's test set
 (google-research/bert:README.md).
 Reference topology: one machine with 2 CPU cores.

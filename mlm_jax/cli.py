@@ -93,7 +93,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         declare(known[name])
     options, unknown = parser.parse_known_args(rest)
     if unknown:
-        names = [name for action in known[options.verb]._actions for name in action.option_strings]
+        names = [name for action in known[options.verb]._actions for name in action.option_strings if action.dest != "help"]
         near = difflib.get_close_matches(unknown[0].split("=")[0], [*names, "--config."], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; see mlm-jax {options.verb} --help"
         raise UserError(f"unknown option {unknown[0]}{hint}")

@@ -271,7 +271,7 @@ def test_a_disk_that_is_full(two):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
-        with pytest.raises(MachineError, match=r"could not be written to .*The last whole one is step 2; free some space"):
+        with pytest.raises(MachineError, match=r"not be written to .*The last whole checkpoint is step 2; free some space"):
             checkpoints.save(state, 3, wait=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

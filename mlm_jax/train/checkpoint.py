@@ -43,6 +43,13 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    @property
+    def newest(self) -> str:
+        """The same, for a message."""
+        return (
+            "No checkpoint is there yet" if self.last_step is None else f"The last whole checkpoint is step {self.last_step}"
+        )
+
     def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Begins writing; returns once the state has been copied, or, with `wait`, once it is on disk.
 
@@ -128,7 +135,7 @@ class Checkpoints:
     def _failure(self, error: Exception) -> MachineError:
         return MachineError(
             f"a checkpoint could not be written to {self._workdir.checkpoints}: {_first_line(error)}. "
-            f"The last whole one is step {self.last_step}; free some space or mend the disk, then run the same command again"
+            f"{self.newest}; free some space or mend the disk, then run the same command again"
         )
 
 

@@ -274,7 +274,7 @@ class _Run:
         if int(count) >= self.cfg.train.max_nonfinite:
             raise MachineError(
                 f"step {step}: {int(count)} updates in a row were skipped because the loss or gradient was not finite. "
-                f"The last good checkpoint is step {self.checkpoints.last_step}. Try a lower optimizer.learning_rate, a "
+                f"{self.checkpoints.newest}. Try a lower optimizer.learning_rate, a "
                 "longer warm-up, optimizer.clip_norm=1.0, or compute.dtype=float32"
             )
 
