@@ -3,7 +3,8 @@
 Command:
     mlm-jax compare --configs configs/compare_mini.py:mlm configs/compare_mini.py:span configs/compare_mini.py:rtd \
         --budget-minutes 20 --out runs/compare --config.data.source='files:corpus/*.jsonl.gz?field=text'
-The variants are mlm, whole_word, span, rtd, diffusion and hybrid; each is also a recipe of its own, for `train`.
+    mlm-jax train --config configs/compare_mini.py:span --workdir runs/span
+The variants are mlm, whole_word, span, rtd, diffusion and hybrid; each is also a recipe of its own, as in the last line.
 Expected: 5,462,272 parameters for mlm, whole_word, diffusion and hybrid, 5,722,808 parameters for span and
 5,695,553 parameters for rtd; 2,048 tokens a step. `compare` replaces the number of steps by what its budget pays.
 Reference topology: one machine with 2 CPU cores.

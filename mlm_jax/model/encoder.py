@@ -11,7 +11,7 @@ from flax import nnx
 from mlm_jax.config import ComputeConfig, ModelConfig
 from mlm_jax.model.attention import KERNEL_RESULTS, Attention, choose_implementation
 from mlm_jax.model.embeddings import Embeddings, segment_positions
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, dense, dropout, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, DENSE_RESULTS, LayerNorm, add_bias, dense, dropout, parameter, weight_init
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 
 
@@ -188,7 +188,7 @@ def _rematerialise(apply, policy: str, *, prevent_cse: bool):  # type: ignore[no
         # A kernel's results are no dots; recomputing them would cost a third of attention.
         "dots": jax.checkpoint_policies.save_from_both_policies(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(KERNEL_RESULTS),
+            jax.checkpoint_policies.save_only_these_names(KERNEL_RESULTS, DENSE_RESULTS),
         ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.sharding import SHARDING, axes_of
@@ -83,17 +84,24 @@ def _add_bias_backward(dimensions: tuple[int, ...], bias: jax.Array, grad: jax.A
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+DENSE_RESULTS = "dense"  # what a rematerialisation policy calls them: it does not see a product with its own gradient
+
+
 def dense(x_BLD: jax.Array, kernel_DF: jax.Array, spec: jax.P) -> jax.Array:
     """The product of an activation's last dimension and a kernel's first, in the sharding `spec`.
 
     The same as `einsum`, but for the order in which XLA:CPU is to compute the gradient of the kernel.
     """
+    return checkpoint_name(_dense(x_BLD, kernel_DF, spec), DENSE_RESULTS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x_BLD: jax.Array, kernel_DF: jax.Array, spec: jax.P) -> jax.Array:
     return jnp.einsum("BLD,DF->BLF", x_BLD, kernel_DF, out_sharding=spec)
 
 
 def _dense_forward(x_BLD: jax.Array, kernel_DF: jax.Array, spec: jax.P) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dense(x_BLD, kernel_DF, spec), (x_BLD, kernel_DF)
+    return _dense(x_BLD, kernel_DF, spec), (x_BLD, kernel_DF)
 
 
 def _dense_backward(spec: jax.P, kept: tuple[jax.Array, jax.Array], grad_BLF: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,7 +127,7 @@ def _dense_backward(spec: jax.P, kept: tuple[jax.Array, jax.Array], grad_BLF: ja
     return x_grad_BLD, kernel_grad_DF
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 class LayerNorm(nnx.Module):
