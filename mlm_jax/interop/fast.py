@@ -97,7 +97,7 @@ def _normalizer(model: SentencePieceModel, charsmap: bytes) -> normalizers.Norma
         # character with a rule, and composes none. Here every character meets its rule alone; then marks are composed, but
         # only those that the rules compose: NFC would sort the others, and take in one more.
         # At the very beginning nothing comes before a mark, and the package ends the process if something is put there.
-        marks = r"[\p{M}\x{200C}\x{200D}]"
+        marks = r"[\p{M}\x{200C}\x{200D}\x{1F3FB}-\x{1F3FF}]"
         steps += [
             normalizers.Replace(tokenizers.Regex(_composed(model)), _JOINED),
             normalizers.Replace(tokenizers.Regex(rf"(?<=[^{_JOINED}])(?={marks})"), _APART),
