@@ -424,6 +424,6 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("mlm_jax.interop.save.save_file", full)
-    with pytest.raises(MachineError, match=r"cannot write .*out: No space left"):
+    with pytest.raises(MachineError, match=r"cannot write .*out: No space left on device; start again, nothing was written"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

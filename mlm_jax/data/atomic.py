@@ -17,13 +17,17 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def telling_faults(path: pathlib.Path) -> Iterator[None]:
-    """Turns what the operating system refuses, while the block writes `path`, into a MachineError with the path."""
+def telling_faults(path: pathlib.Path, left: str = "finished work is kept") -> Iterator[None]:
+    """Turns what the operating system refuses, while the block writes `path`, into a MachineError with the path.
+
+    Args:
+        left: what the user finds there afterwards.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise MachineError(f"cannot write {path}: {reason}; start again, finished work is kept") from error
+        raise MachineError(f"cannot write {path}: {reason}; start again, {left}") from error
 
 
 @contextlib.contextmanager
@@ -63,7 +67,7 @@ def new_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(f"{final} is not an empty folder, and nothing in it is overwritten: give a new one")
     temporary = final.absolute().parent / f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
-        with telling_faults(final):
+        with telling_faults(final, "nothing was written"):
             temporary.mkdir(parents=True)
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
