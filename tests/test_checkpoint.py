@@ -244,6 +244,30 @@ def test_what_is_no_checkpoint_is_in_nobodys_way(two, make):
     assert restore(two)[1] == 3
 
 
+@pytest.mark.parametrize("part", ["params", "ema", "rest"])
+def test_one_flipped_bit_among_the_numbers_is_noticed(workdir, part):
+    """Of arrays too large to be compressed, where neither Orbax nor the file's format notices."""
+    save(workdir, [1, 2], size=1 << 14)
+    checkpoint = pathlib.Path(workdir.checkpoints) / "2" / part
+    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    if part == "ema":
+        message = r"checkpoint 2 of .* cannot be read: the numbers in ema/table_VD are not those.*to use that of step 1, move"
+        with pytest.raises(MachineError, match=message):
+            load_params(workdir, abstract(make_state(size=1 << 14)).params, ema=True)
+    state, step = restore(workdir, size=1 << 14)
+    assert step == 1
+    assert_same(state, make_state(1, size=1 << 14))
+
+
+def test_a_checkpoint_without_digests_is_read(two, monkeypatch):
+    """As releases before 0.1 wrote them."""
+    monkeypatch.setattr("mlm_jax.train.checkpoint.DIGESTS", "another name")
+    assert restore(two)[1] == 2
+
+
 def test_a_missing_part_is_damage(two):
     shutil.rmtree(pathlib.Path(two.checkpoints) / "2" / "rest")
     assert restore(two)[1] == 1

@@ -1,7 +1,8 @@
 """Checkpoints: asynchronous, atomic and exact, by Orbax. The only file that imports it.
 
 A checkpoint holds three parts that can be read on their own: `params`, `ema` where the run keeps one, and `rest` (step,
-optimizer state, counters). The data position is the step, so there is nothing else to save.
+optimizer state, counters). The data position is the step, so there is nothing else to save. Its metadata holds a digest of
+every array, because Orbax's own checks cover the directory of a file and not the numbers in it.
 """
 
 import contextlib
@@ -20,10 +21,13 @@ from jax.experimental.multihost_utils import process_allgather
 from orbax.checkpoint import v1 as ocp
 
 from mlm_jax.errors import MachineError, UserError
+from mlm_jax.train.digest import digests
 from mlm_jax.train.state import TrainState
 from mlm_jax.workdir import Workdir
 
 logger = logging.getLogger(__name__)
+
+DIGESTS = "digests"
 
 
 class Checkpoints:
@@ -57,7 +61,9 @@ class Checkpoints:
             MachineError: this checkpoint, or the one begun before it, could not be written.
         """
         try:
-            self._checkpointer.save_checkpointables_async(step, _split(state), force=True)
+            parts = _split(state)
+            kept = {name: digests(part) for name, part in parts.items()}
+            self._checkpointer.save_checkpointables_async(step, parts, force=True, custom_metadata={DIGESTS: kept})
             if wait:
                 self.wait()
         except MachineError:
@@ -83,8 +89,10 @@ class Checkpoints:
         steps = sorted((checkpoint.step for checkpoint in self._checkpointer.checkpoints), reverse=True)
         damaged: list[str] = []
         for step in steps:
-            parts, reason = self._read(step, abstract)
-            if not _all_processes(parts is not None):
+            parts, kept, reason = self._read(step, abstract)
+            whole = _all_processes(parts is not None)
+            reason = _difference(parts, kept) if whole else reason
+            if not whole or reason:
                 damaged.append(f"checkpoint {step} cannot be read: {reason or 'by another process'}")
                 if reason:
                     logger.error(damaged[-1])
@@ -99,20 +107,22 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract: TrainState) -> tuple[Any, str]:
-        """The parts of a checkpoint, of which this process reads what its devices hold; else None and the reason."""
+    def _read(self, step: int, abstract: TrainState) -> tuple[Any, Any, str]:
+        """The parts of a checkpoint, of which this process reads what its devices hold, and the digests kept with them;
+        else None and the reason.
+        """
         # No barriers within: where one process finds damage, the others would wait in them for it.
         alone, index = ocp.Context(), ocp.multihost.process_index()
         alone.multiprocessing.primary_host = index
         alone.multiprocessing.active_processes = {index}
         try:
             with alone, _dropping_abandoned_reads():
-                parts = ocp.load_checkpointables(
-                    epath.Path(self._workdir.checkpoints).resolve() / str(step), _split(abstract)
-                )
-            return jax.block_until_ready(parts), ""
+                checkpoint = epath.Path(self._workdir.checkpoints).resolve() / str(step)
+                parts = ocp.load_checkpointables(checkpoint, _split(abstract))
+                kept = _kept_digests(checkpoint)
+            return jax.block_until_ready(parts), kept, ""
         except Exception as error:
-            return None, _first_line(error)
+            return None, None, _first_line(error)
 
     def close(self) -> None:
         """Waits for what is being written and releases the files."""
@@ -186,9 +196,29 @@ def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[A
         part = "ema" if ema else "params"
         try:
             with _dropping_abandoned_reads():
-                return checkpointer.load_checkpointables(latest.step, {part: abstract_params})[part], latest.step
+                parts = checkpointer.load_checkpointables(latest.step, {part: abstract_params})
+            reason = _difference(parts, _kept_digests(epath.Path(workdir.checkpoints) / str(latest.step)))
         except Exception as error:
-            raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {_first_line(error)}") from error
+            reason = _first_line(error)
+        if not reason:
+            return parts[part], latest.step
+        others = [checkpoint.step for checkpoint in checkpointer.checkpoints if checkpoint.step != latest.step]
+        hint = f"; to use that of step {max(others)}, move {latest.path} away" if others else ""
+        raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {reason}{hint}")
+
+
+def _kept_digests(checkpoint: epath.Path) -> dict[str, dict[str, int]]:
+    metadata = ocp.checkpointables_metadata(checkpoint).custom_metadata
+    return metadata.get(DIGESTS, {}) if isinstance(metadata, dict) else {}
+
+
+def _difference(parts: dict[str, Any], kept: dict[str, dict[str, int]]) -> str:
+    """Which array is not the one that was saved, by its digest; empty where none differs."""
+    for name, part in parts.items():
+        for path, digest in digests(part).items():
+            if digest != kept.get(name, {}).get(path, digest):
+                return f"the numbers in {name}/{path} are not those that were saved"
+    return ""
 
 
 def _split(state: TrainState) -> dict[str, Any]:
