@@ -5,7 +5,9 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +35,17 @@ def run() -> None:
         # Several devices on one CPU are for trials. Each holds threads of XLA's pool while it waits in collectives, and in
         # a pool of the default size all of them can be waiting. XLA reads its size from here.
         os.environ.setdefault("NPROC", str(4 * int(devices)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     sys.exit(main())
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Repeats a Ctrl-C whose exception was lost, because it arrived within a callback of the garbage collector."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +106,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, unknown = parser.parse_known_args(rest)
     if unknown:
         names = [name for action in known[options.verb]._actions for name in action.option_strings if action.dest != "help"]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [*names, "--config."], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [*names, "--config."], n=1, cutoff=0.65)
         hint = f"; did you mean {near[0]}?" if near else f"; see mlm-jax {options.verb} --help"
         raise UserError(f"unknown option {unknown[0]}{hint}")
     if overrides and not hasattr(options, "config"):

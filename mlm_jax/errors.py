@@ -5,6 +5,7 @@ import sys
 import traceback
 
 UNEXPECTED = 70  # the status after an exception that is neither the user's nor the machine's, among several processes
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -21,7 +22,7 @@ def tell(error: BaseException) -> int | None:
         return fail(2, str(error))
     if isinstance(error, MachineError):
         return fail(1, str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return fail(1, f"{error.strerror}: {error.filename or 'while writing'}; what was finished is kept")
     if isinstance(error, KeyboardInterrupt):
         return fail(130, "interrupted")

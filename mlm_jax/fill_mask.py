@@ -13,7 +13,7 @@ from mlm_jax.errors import UserError
 from mlm_jax.objectives import Objective
 from mlm_jax.sharding import ROWS, place, row_ways
 
-Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "probability": float}
+Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "begins_word": bool, "probability": float}
 
 
 class Filler:
@@ -25,6 +25,7 @@ class Filler:
         hidden[: tokenizer.vocab_size] = False
         hidden[tokenizer.special_ids] = True
         self._is_hidden_V = hidden
+        self._begins_word_V = tokenizer.word_starts()
 
     def __call__(self, params: Any, texts: Sequence[str], *, top_k: int) -> list[Fill]:
         """Candidates for every mask of every text, most probable first; special tokens are never among them.
@@ -58,7 +59,11 @@ class Filler:
         return [
             [
                 [
-                    {"token": self._tokenizer.decode([int(token)]), "probability": float(probability)}
+                    {
+                        "token": self._tokenizer.decode([int(token)]),
+                        "begins_word": bool(self._begins_word_V[token]),
+                        "probability": float(probability),
+                    }
                     for token, probability in zip(ids_BPK[row, mask], probabilities[row, mask], strict=True)
                 ]
                 for mask in range(len(masks[row]))
@@ -93,6 +98,12 @@ class Filler:
             return jax.reshard(best, jax.P())  # every process reads all of it
 
         return predict
+
+
+def shown(candidate: dict[str, Any]) -> str:
+    """A candidate for people: a piece that continues a word begins with a hyphen, and one that is a space says so."""
+    token = candidate["token"]
+    return "space" if not token.strip() else token if candidate.get("begins_word", True) else f"-{token}"
 
 
 def _round_up(count: int, least: int = 16) -> int:

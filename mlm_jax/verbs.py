@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> Result | int:
     peers = distributed.join(cluster, cfg, options.workdir, options.coordinator_timeout) if cluster else distributed.Peers()
     with peers.ending_at_once(tell_any), _device_errors():
         from mlm_jax.train import loop
+        from mlm_jax.train.writer import read_metrics
 
         peers.initialize_jax()
         profile = loop.Profile(*steps) if steps else None
@@ -93,7 +95,10 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> Result | int:
                 128 + stop.signal_number,
                 f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues",
             )
-    return {"workdir": str(options.workdir), "step": cfg.total_steps} if peers.is_primary else None
+    if not peers.is_primary:
+        return None
+    measured = [record for record in read_metrics(options.workdir)[0] if record["kind"] == "eval"][-1]
+    return {"workdir": str(options.workdir), **{k: v for k, v in measured.items() if k not in ("kind", "probes")}}
 
 
 def _profiled_steps(text: str | None) -> tuple[int, int] | None:
@@ -137,6 +142,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
     own = {name: value for name, value in found.items() if name not in COMMON}
     for name, value in own.items():
         print(f"{name:12}{value:10.4f}")
+    if not math.isfinite(found["loss"]):
+        raise MachineError(f"the loss is not finite: the parameters of step {run.step} are those of a run that diverged")
     return {"step": run.step, "seq_len": seq_len, **found}
 
 
@@ -147,7 +154,7 @@ def _declare_fill_mask(parser: argparse.ArgumentParser) -> None:
 
 
 def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
-    from mlm_jax.fill_mask import Filler
+    from mlm_jax.fill_mask import Filler, shown
     from mlm_jax.inference import open_run
 
     with _device_errors(), open_run(options.workdir) as run:
@@ -155,8 +162,7 @@ def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
     for text, masks in zip(options.texts, fills, strict=True):
         print(text)
         for number, candidates in enumerate(masks, 1):
-            shown = "  ".join(f"{c['token']!r} {c['probability']:.3f}" for c in candidates)
-            print(f"  [MASK] {number}: {shown}")
+            print(f"  [MASK] {number}:", "  ".join(f"{shown(c)} {c['probability']:.3f}" for c in candidates))
     return {"step": run.step, "fills": [{"text": t, "masks": f} for t, f in zip(options.texts, fills, strict=True)]}
 
 

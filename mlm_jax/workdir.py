@@ -40,7 +40,10 @@ class Workdir:
         if "://" in os.fspath(self.path):
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise UserError(f"--workdir={self.path}: no directory can be made there ({error.strerror})") from None
         with open(self.path / ".lock", "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,18 +54,25 @@ class Workdir:
     def open_for_training(self, cfg: Config) -> None:
         """Writes config.json, or checks that the run already here computes the same thing.
 
+        Until a run has saved or logged anything its config may still be corrected.
+
         Raises:
             UserError: the directory holds a run of another config; the fields that differ are named.
         """
-        if self._config.exists():
+        if self._config.exists() and self._has_begun():
             changed = differences(self.read_config(), cfg)
             if changed:
                 raise UserError(
-                    f"{self.path} holds a run of another config ({'; '.join(changed[:6])}); "
-                    "use another --workdir, or the config that this run began with"
+                    f"{self.path} holds a run of another config ({'; '.join(changed[:6])}); use the config that it began "
+                    f"with, or another --workdir, which --config.init_from={self.path} begins with this run's parameters"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self._config, json.dumps(to_dict(cfg), indent=2).encode())
+
+    def _has_begun(self) -> bool:
+        saved = any(folder.exists() and any(folder.iterdir()) for folder in (self.checkpoints, self.damaged))
+        metrics = self.path / "metrics.jsonl"
+        return saved or (metrics.exists() and metrics.stat().length > 0)
 
     def read_config(self) -> Config:
         """The config that the run was started (or last continued) with."""

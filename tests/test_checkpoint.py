@@ -254,7 +254,9 @@ def test_one_flipped_bit_among_the_numbers_is_noticed(workdir, part):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     if part == "ema":
-        message = r"checkpoint 2 of .* cannot be read: the numbers in ema/table_VD are not those.*to use that of step 1, move"
+        message = (
+            r"checkpoint 2 of .* cannot be read: the numbers in ema/table_VD are not those.*to use that of step 1, move"
+        )
         with pytest.raises(MachineError, match=message):
             load_params(workdir, abstract(make_state(size=1 << 14)).params, ema=True)
     state, step = restore(workdir, size=1 << 14)

@@ -1,10 +1,12 @@
 """The command line from end to end on a tiny run: what each verb gives, what a mistake costs, what a stop changes."""
 
+import gc
 import json
 import os
 import pathlib
 import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from mlm_jax import cli
 from mlm_jax.cli import main
 from mlm_jax.inference import open_run
 from mlm_jax.workdir import Workdir
@@ -319,6 +322,40 @@ def test_a_workdir_of_another_config_is_left_alone(workdir, train, capsys):
     assert train(workdir, "optimizer.learning_rate=0.5") == 2
     one_message(capsys, "another config", "optimizer.learning_rate: 0.003 -> 0.5")
     assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_config_may_be_corrected_until_the_run_has_begun(train, tmp_path, capsys):
+    """The first mistake is found when the corpus is opened, after the config was written."""
+    run = tmp_path / "run"
+    assert train(run, "model.vocab_size=99000", "tokenizer.vocab_size=99000") == 2
+    one_message(capsys, "tokenizer.vocab_size=99000 cannot be trained on this sample: it has too little text")
+    assert train(run) == 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/no/directory"])
+def test_a_workdir_that_cannot_be_made(place, train, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train(tmp_path / place) == 2
+    one_message(capsys, "no directory can be made there")
+
+
+def test_an_interrupt_that_a_callback_swallowed_is_repeated(monkeypatch):
+    """As JAX's callback of the garbage collector does: an exception there goes to sys.unraisablehook and no further."""
+    monkeypatch.setattr(sys, "unraisablehook", cli._interrupt_again)
+    pending = [None]
+
+    def interrupted(*_):
+        if pending:
+            pending.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            [gc.collect(), time.sleep(10)]
+        assert not pending
+    finally:
+        gc.callbacks.remove(interrupted)
 
 
 def test_two_runs_do_not_share_a_workdir(workdir, train, capsys):

@@ -110,9 +110,9 @@ def test_a_later_override_wins(recipe):
         ("optimizer=lamb", "optimizer is a section; set one of its fields: name, learning_rate,"),
         ("stages[0]=3", "is a section; set one of its fields: steps,"),
         ("seed.x=3", "seed is a single value and has no field 'x'"),
-        ("stages[2].steps=1", "stages[2]: there are 2 entries, counted from 0"),
-        ("stages[-1].steps=1", "there are 2 entries, counted from 0"),
-        ("stages[].steps=1", "there are 2 entries, counted from 0"),
+        ("stages[2].steps=1", "stages[2]: the last one is stages[1]"),
+        ("stages[-1].steps=1", ": the last one is stages[1]"),
+        ("stages[].steps=1", ": the last one is stages[1]"),
         ("stages.steps=1", "has no field 'steps'"),
         ("seed=1.5", "seed=1.5 is not a whole number"),
         ("seed=True", "seed=True is not a whole number"),
@@ -170,8 +170,13 @@ def test_files_that_are_no_recipes(tmp_path, recipe):
     with pytest.raises(UserError, match="not a Python file"):
         load_config(str(tmp_path / "x.txt"))
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(UserError, match=r"could not be read as a config: AttributeError.*get_config"):
+    with pytest.raises(UserError, match=r"could not be read as a config: .*it has no function get_config"):
         load_config(str(tmp_path / "empty.py"))
+    (tmp_path / "other.py").write_text("def get_config(): return {}")
+    with pytest.raises(UserError, match=r"get_config\(\) returned a dict and must return an ml_collections.ConfigDict"):
+        load_config(str(tmp_path / "other.py"))
+    with pytest.raises(UserError, match="is a directory: name one of its"):
+        load_config(str(tmp_path))
 
 
 # Each relation between fields: what breaks it, and a part of the message, which names the field.

@@ -21,9 +21,7 @@ def on_mesh(sizes: tuple[int, int, int], spec: jax.P) -> dict[str, int]:
     mesh = make_mesh(ShardingConfig(*sizes), jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
     specs = {"table": spec, "half": jax.P(spec[0] if spec else None), "count": jax.P()}
     with jax.set_mesh(mesh):
-        return digests(
-            jax.tree.map(lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)), TREE, specs)
-        )
+        return digests(jax.tree.map(lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)), TREE, specs))
 
 
 def test_a_digest_does_not_depend_on_the_mesh():

@@ -72,6 +72,7 @@ def test_fills_are_the_models_own_best_regular_tokens(filler, objective, tokeniz
             regular = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
             best = regular[np.argsort(-distribution[regular])][:7]
             assert [fill["token"] for fill in fills] == [tokenizer.decode([token]) for token in best]
+            assert [fill["begins_word"] for fill in fills] == list(tokenizer.word_starts()[best])
             # Of the whole vocabulary: what is hidden has its share.
             np.testing.assert_allclose([fill["probability"] for fill in fills], distribution[best], rtol=1e-4)
 

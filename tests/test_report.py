@@ -17,6 +17,7 @@ from mlm_jax.train.writer import METRICS_FILE, MetricWriter
 
 STAGES = (StageConfig(steps=40, seq_len=128, batch_size=8), StageConfig(steps=20, seq_len=512, batch_size=4))
 PROBE = "Paris is in [MASK]."
+CONTINUATION = {"token": "s", "begins_word": False, "probability": 0.25}
 
 
 def workdir(path, *, evaluate=True, last_step=60, own=(), **fields):
@@ -41,7 +42,7 @@ def workdir(path, *, evaluate=True, last_step=60, own=(), **fields):
                 loss = 8 - step / 20
                 values = {"loss": loss, "perplexity": math.exp(loss), "accuracy": step / 250}
                 values |= {"unigram_loss": 6.5, "unigram_accuracy": 0.0625, "tokens": 1000}
-                fills = [[{"token": f"▁at{step}", "probability": 0.5}, {"token": "s", "probability": 0.25}]]
+                fills = [[{"token": f"at{step}", "begins_word": True, "probability": 0.5}, CONTINUATION]]
                 writer.write(step, "eval", {**values, "probes": [{"text": PROBE, "fills": fills}]})
     return path
 

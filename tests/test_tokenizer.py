@@ -281,9 +281,9 @@ def test_long_lines_and_nul_are_trained_on():
 @pytest.mark.parametrize(
     ("algorithm", "vocab_size", "texts", "message"),
     [
-        ("unigram", 30_000, TEXTS[:10], r"vocab_size=30000 .*Vocabulary size too high \(30000\).* value <= \d+"),
-        ("bpe", 90_000, TEXTS[:10], r"vocab_size=90000 .*Vocabulary size too high \(90000\).* value <= \d+"),
-        ("unigram", 280, TEXTS, r"vocab_size=280 .*smaller than required_chars"),
+        ("unigram", 30_000, TEXTS[:10], r"vocab_size=30000 .*too little text; set tokenizer.vocab_size to \d+ or less"),
+        ("bpe", 90_000, TEXTS[:10], r"vocab_size=90000 .*too little text; set tokenizer.vocab_size to \d+ or less"),
+        ("unigram", 280, TEXTS, r"vocab_size=280 .*its characters and the special tokens alone need 349"),
         ("unigram", 1000, [], "no text to train on"),
         ("bpe", 1000, ["\n", " "], "no text to train on"),
     ],

@@ -20,7 +20,7 @@ def _heading(result: Result) -> Iterator[str]:
         f"{_micro_batches(result)}, {result['parameters']:,} parameters, {result['dtype']}"
     )
     yield f"{devices} ({result['platform']}, {result['threads']} threads on the host), {rows}"
-    if result["load"] > result["threads"] / 2:
+    if result["load"] > 0.75 * result["threads"]:
         # Threads that wait for each other suffer most, so a loaded machine distorts the ratio to a peer, too.
         yield f"the machine was busy before this began (load {result['load']:.1f}): do not trust these times"
 

@@ -47,7 +47,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that is most like this one, or nothing."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import ml_collections
+
 from mlm_jax.config.checks import check
 from mlm_jax.config.conversion import describe, from_dict, nearest
 from mlm_jax.config.sections import Config
@@ -37,6 +39,8 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
 def _run_recipe(path: str) -> dict[str, Any]:
     name, _, variant = path.partition(".py:")
     file = pathlib.Path(f"{name}.py" if variant else path)
+    if file.is_dir():
+        raise UserError(f"{path} is a directory: name one of its .py files")
     if not file.is_file():
         siblings = sorted(f.name for f in file.parent.glob("*.py")) if file.parent.is_dir() else []
         raise UserError(f"no config file {path}{nearest(file.name, siblings)}")
@@ -46,10 +50,15 @@ def _run_recipe(path: str) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("it has no function get_config()")
         takes_variant = bool(inspect.signature(module.get_config).parameters)
         if takes_variant != bool(variant):
             raise ValueError("it needs a variant, as in FILE.py:VARIANT" if takes_variant else "it has no variants")
-        raw = (module.get_config(variant) if variant else module.get_config()).to_dict()
+        made = module.get_config(variant) if variant else module.get_config()
+        if not isinstance(made, ml_collections.ConfigDict):
+            raise ValueError(f"get_config() returned a {type(made).__name__} and must return an ml_collections.ConfigDict")
+        raw = made.to_dict()
     except Exception as error:
         raise UserError(f"{path} could not be read as a config: {type(error).__name__}: {error}") from error
     stages = raw.get("stages", ({},))
@@ -78,7 +87,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             kind, entries = typing.get_args(kind)[0], node[name]
             position = index.rstrip("]")
             if not position.isdigit() or int(position) >= len(entries):
-                raise UserError(f"{part}: there are {len(entries)} entries, counted from 0")
+                raise UserError(f"{part}: the last one is {name}[{len(entries) - 1}]")
             node = entries[int(position)]
         elif dataclasses.is_dataclass(kind):
             node = node.setdefault(name, {})

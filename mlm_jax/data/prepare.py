@@ -81,6 +81,8 @@ def prepare(cfg: Config, out: str | os.PathLike[str], workers: int | None = None
                 with atomic.telling_faults(directory):
                     shutil.rmtree(building)
                     os.replace(directory / _READY, directory / MANIFEST)
+    else:
+        _log.info("%s is whole already", directory)
     return open_corpus(directory, cfg)
 
 

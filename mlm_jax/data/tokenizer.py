@@ -193,9 +193,21 @@ def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = re.sub(r"^.*?\] ?", "", str(error), flags=re.DOTALL).strip() or "there is no text to train on"
+        reason = _training_failure(str(error))
         raise UserError(f"tokenizer.vocab_size={cfg.vocab_size} cannot be trained on this sample: {reason}") from error
     return Tokenizer("tokenizer.model", model.getvalue())
+
+
+def _training_failure(message: str) -> str:
+    """SentencePiece's reason in the words of the config."""
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", message, flags=re.DOTALL):
+        return f"it has too little text; set tokenizer.vocab_size to {most[1]} or less, or add text"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"its characters and the special tokens alone need {least[1]}; set tokenizer.vocab_size well above that, or "
+            "lower tokenizer.character_coverage"
+        )
+    return re.sub(r"^.*?\] ?", "", message, flags=re.DOTALL).strip() or "there is no text to train on"
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -13,8 +13,6 @@ from mlm_jax.config import to_dict
 from mlm_jax.report.charts import Curve, chart
 from mlm_jax.report.runs import Record, Run
 
-_SAYS_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # SentencePiece, byte-level BPE
-
 
 def page(runs: Sequence[Run], lead: str = "") -> str:
     """The whole HTML document; `lead` is HTML that comes before all sections."""
@@ -206,33 +204,25 @@ def _spread(rows: Sequence[Any], most: int) -> list[Any]:
 def _fill_table(rows: Sequence[tuple[int, Sequence[Sequence[Record]]]]) -> str:
     masks = max(len(fills) for _, fills in rows)
     head = "".join(f"<th>{f'mask {mask + 1}' if masks > 1 else ''}</th>" for mask in range(masks))
-    tokens = [fill["token"] for _, fills in rows for mask in fills for fill in mask]
-    says_start = any(token[:1] in _SAYS_WORD_START for token in tokens if token)
     body = "".join(
-        f'<tr><td class="step">{step:,}</td>{"".join(_fill_cell(mask[:3], says_start) for mask in fills)}</tr>'
-        for step, fills in rows
+        f'<tr><td class="step">{step:,}</td>{"".join(_fill_cell(mask[:3]) for mask in fills)}</tr>' for step, fills in rows
     )
     return f'<table><tr><th class="step">step</th>{head}</tr>{body}</table>'
 
 
-def _fill_cell(mask: Sequence[Record], says_start: bool) -> str:
+def _fill_cell(mask: Sequence[Record]) -> str:
     fills = (
-        f'<span class="fill" style="--p:{fill["probability"]:.3f}">{_token(fill["token"], says_start)} '
-        f"<i>{fill['probability']:.0%}</i></span>"
+        f'<span class="fill" style="--p:{fill["probability"]:.3f}">{_fill(fill)} <i>{fill["probability"]:.0%}</i></span>'
         for fill in mask
     )
     return f"<td>{''.join(fills)}</td>"
 
 
-def _token(token: str, says_start: bool) -> str:
-    """A piece for people: a word's start is plain and its continuation begins with a hyphen, whatever the tokenizer."""
-    if token.startswith("##"):
-        return f"<s>-</s>{_text(token[2:])}"
-    if not token.strip() or token in _SAYS_WORD_START:
+def _fill(fill: Record) -> str:
+    """As `fill_mask.shown`, with what is not text set apart."""
+    if not fill["token"].strip():
         return "<s>space</s>"
-    if token[0] in _SAYS_WORD_START:
-        return _text(token[1:])
-    return f"<s>-</s>{_text(token)}" if says_start and token[:1].isalnum() else _text(token)
+    return f"{'' if fill.get('begins_word', True) else '<s>-</s>'}{_text(fill['token'])}"
 
 
 def _config(runs: Sequence[Run]) -> str:

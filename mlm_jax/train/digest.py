@@ -11,8 +11,8 @@ import numpy as np
 def digests(tree: Any) -> dict[str, int]:
     """A 32-bit digest of each array of a tree, by the array's path in it. Every process of a run has to ask.
 
-    It is the sum modulo 2^32, over an array's words, of a hash of the word and its place. For a given place the hash is one to
-    one (the finaliser of MurmurHash3), so that no change within a single word is missed; one of several words is with
+    It is the sum modulo 2^32, over an array's words, of a hash of the word and its place. For a given place the hash is one
+    to one (the finaliser of MurmurHash3), so that no change within a single word is missed; one of several words is with
     probability 2^-32. A sum of integers does not depend on its order, and so neither does a digest on how the array is
     divided over devices.
     """

@@ -148,6 +148,16 @@ class _Run:
         if jax.process_count() > 1:
             connect(self.mesh)
         state, step = self._restore_or_init()
+        if step >= self.cfg.total_steps:
+            logger.info("this run has finished: %s is at step %d of %d", self.workdir.path, step, self.cfg.total_steps)
+        if self.cfg.optimizer.warmup_steps >= self.cfg.total_steps:
+            logger.warning(
+                "optimizer.warmup_steps=%d: the learning rate is still rising when the run ends, at step %d",
+                self.cfg.optimizer.warmup_steps,
+                self.cfg.total_steps,
+            )
+        if self.profile and not step < self.profile.start <= self.cfg.total_steps:
+            logger.warning("--profile: step %d is not among those to come, so nothing is traced", self.profile.start)
         with (
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
             Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary) as self.progress,
