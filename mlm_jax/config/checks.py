@@ -39,6 +39,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "diffusion.draws",
     ),
     "at least 0": (
+        "data.max_words",
         "model.position_offset",
         "model.num_token_types",
         "model.table_dim",
