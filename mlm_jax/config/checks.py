@@ -52,6 +52,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.end_factor",
         "stages.learning_rate",
         "stages.warmup_steps",
+        "train.max_epochs",
         "evaluation.every",
         "masking.schedule_start",
         "masking.schedule_steps",

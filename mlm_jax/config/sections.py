@@ -202,6 +202,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     max_nonfinite: int = 10  # consecutive skipped updates before the run stops
+    max_epochs: int = 0  # the stages may pass over the training text so often, all together; 0: as often as they like
     wandb_project: str = ""  # extra: pip install mlm-jax[wandb]
 
 
