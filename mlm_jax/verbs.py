@@ -38,8 +38,11 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.config import load_config
     from mlm_jax.data.prepare import prepare
 
-    corpus = prepare(load_config(options.config, overrides), options.out, options.workers)
-    return dict(corpus.manifest)
+    manifest = prepare(load_config(options.config, overrides), options.out, options.workers).manifest
+    print(f"{'split':12}{'documents':>12}{'words':>14}{'tokens':>14}")
+    for split, words in manifest.get("words", {}).items():  # a corpus of an older version counts none
+        print(f"{split:12}{manifest['documents'][split]:12,}{words:14,}{manifest['tokens'][split]:14,}")
+    return dict(manifest)
 
 
 def _declare_train(parser: argparse.ArgumentParser) -> None:

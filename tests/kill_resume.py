@@ -1,6 +1,7 @@
 """Kills a run again and again, at random and at the worst moments, and compares its end with that of a run left alone.
 
-python tests/kill_resume.py --kills 20        prints each kill; exit status 1 unless the ends are bit-identical
+python tests/kill_resume.py --kills 20                   prints each kill; exit status 1 unless the ends are bit-identical
+python tests/kill_resume.py --kills 3 --objective all    each objective and masking policy, whose loss has to fall, too
 """
 
 import argparse
@@ -21,6 +22,19 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMINGS = ("tokens_per_second", "mfu")
 MOMENTS = ("prepare", "checkpoint", "any")
+# What each trains with: a recipe, and what it has to be told beside `OVERRIDES`.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "smoke": ("smoke.py",),
+    "mlm": ("compare_mini.py:mlm", "masking.schedule=cosine", "masking.final_rate=0.15", "masking.rate_spread=0.1"),
+    "whole_word": ("compare_mini.py:whole_word",),
+    "ngram": ("compare_mini.py:mlm", "masking.policy=ngram", "masking.max_words=3"),
+    "pmi": ("compare_mini.py:mlm", "masking.policy=pmi", "masking.ngrams={ngrams}"),
+    "span": ("compare_mini.py:span",),
+    "rtd": ("compare_mini.py:rtd", "rtd.generator_size=0.5"),
+    "diffusion": ("compare_mini.py:diffusion", "diffusion.scored_share=0.5"),
+    "hybrid": ("compare_mini.py:hybrid", "hybrid.causal_share=0.25"),
+}
+NGRAMS = ("for example", "such as", "of the", "in the", "the following", "the same", "return value", "in order to")
 OVERRIDES = (
     "model.num_layers=1",
     "model.embed_dim=32",
@@ -30,6 +44,7 @@ OVERRIDES = (
     "tokenizer.algorithm=bpe",
     "model.max_positions=64",
     "model.dropout=0.1",
+    "optimizer.learning_rate=3e-3",
     "optimizer.warmup_steps=10",
     "optimizer.ema_decay=0.9",
     "stages[0].steps=150",
@@ -51,29 +66,36 @@ class Kill:
     logged_step: int
 
 
-def command(workdir: pathlib.Path, source: str) -> list[str]:
-    """The training command, the same for every start."""
-    overrides = [f"--config.{override}" for override in (*OVERRIDES, f"data.source={source}")]
-    return [
-        *(sys.executable, "-m", "mlm_jax", "train", "--workers=1"),
-        *("--config", str(ROOT / "configs" / "smoke.py"), "--workdir", str(workdir), *overrides),
-    ]
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What is trained: the same command for every start."""
 
+    source: str
+    objective: str = "smoke"
 
-def start(workdir: pathlib.Path, source: str) -> subprocess.Popen[bytes]:
-    """Starts (or continues) the run, its output kept beside the workdir."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    with open(workdir.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command(workdir, source), cwd=ROOT, env=environment, stdout=log, stderr=log)
+    def command(self, workdir: pathlib.Path) -> list[str]:
+        recipe, *own = OBJECTIVES[self.objective]
+        ngrams = workdir.parent / "ngrams.txt"
+        ngrams.write_text("\n".join(NGRAMS))
+        fields = (*OVERRIDES, f"data.source={self.source}", *(field.format(ngrams=ngrams) for field in own))
+        return [
+            *(sys.executable, "-m", "mlm_jax", "train", "--workers=1", "--config", str(ROOT / "configs" / recipe)),
+            *("--workdir", str(workdir), *(f"--config.{field}" for field in fields)),
+        ]
 
+    def start(self, workdir: pathlib.Path) -> subprocess.Popen[bytes]:
+        """Starts (or continues) the run, its output kept beside the workdir."""
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        with open(workdir.with_suffix(".log"), "ab") as log:
+            return subprocess.Popen(self.command(workdir), cwd=ROOT, env=environment, stdout=log, stderr=log)
 
-def finish(workdir: pathlib.Path, source: str) -> float:
-    """Runs the command to its end and returns the seconds it took."""
-    began = time.monotonic()
-    status = start(workdir, source).wait()
-    if status != 0:
-        raise SystemExit(f"the run ended with status {status}:\n{workdir.with_suffix('.log').read_text()[-3000:]}")
-    return time.monotonic() - began
+    def finish(self, workdir: pathlib.Path) -> float:
+        """Runs the command to its end and returns the seconds it took."""
+        began = time.monotonic()
+        status = self.start(workdir).wait()
+        if status != 0:
+            raise SystemExit(f"the run ended with status {status}:\n{workdir.with_suffix('.log').read_text()[-3000:]}")
+        return time.monotonic() - began
 
 
 def reached(workdir: pathlib.Path, moment: str) -> bool:
@@ -83,12 +105,12 @@ def reached(workdir: pathlib.Path, moment: str) -> bool:
     return any((workdir / "checkpoints").glob("*tmp*"))
 
 
-def kill_once(workdir: pathlib.Path, source: str, moment: str, latest: float, rng: random.Random) -> Kill | None:
+def kill_once(training: Training, workdir: pathlib.Path, moment: str, latest: float, rng: random.Random) -> Kill | None:
     """Starts the run and kills it; None if it came to its end first.
 
     A moment that does not come (a corpus that is already whole) is replaced by the time limit, which is random.
     """
-    process, began = start(workdir, source), time.monotonic()
+    process, began = training.start(workdir), time.monotonic()
     limit = rng.uniform(0.5, latest)
     wait_for = moment != "any"
     while time.monotonic() - began < (latest if wait_for else limit):
@@ -139,21 +161,30 @@ def check_equal(alone: pathlib.Path, killed: pathlib.Path) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def kill_resume(directory: pathlib.Path, kills: int, seed: int, source: str = "builtin:python_docs") -> list[Kill]:
+def check_learned(workdir: pathlib.Path) -> None:
+    """Raises AssertionError unless every logged number is finite and the loss has fallen by a tenth."""
+    train = [line for line in metrics(workdir) if line["kind"] == "train"]
+    losses = np.array([line["loss"] for line in train], float)
+    assert np.isfinite([line["grad_norm"] for line in train]).all() and not any(line["skipped"] for line in train)
+    assert losses[-3:].mean() < 0.9 * losses[0], f"the loss did not fall: {losses}"
+
+
+def kill_resume(directory: pathlib.Path, kills: int, seed: int, training: Training) -> list[Kill]:
     """Kills runs until `kills` have been counted, lets each one finish, and compares it with the run left alone."""
     rng = random.Random(seed)
     alone = directory / "alone"
-    seconds = finish(alone, source)
+    seconds = training.finish(alone)
+    check_learned(alone)
     done: list[Kill] = []
     while len(done) < kills:
         workdir = directory / f"killed{len(done)}"
         for index in range(10):
-            kill = kill_once(workdir, source, MOMENTS[index % len(MOMENTS)], seconds, rng)
+            kill = kill_once(training, workdir, MOMENTS[index % len(MOMENTS)], seconds, rng)
             if kill is None or len(done) == kills:
                 break
             done.append(kill)
             print(f"kill {len(done)}: {kill}", flush=True)
-        finish(workdir, source)
+        training.finish(workdir)
         check_equal(alone, workdir)
         print(f"{workdir.name}: bit-identical to the run left alone", flush=True)
     return done
@@ -163,10 +194,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objective", choices=[*OBJECTIVES, "all"], default="smoke")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        done = kill_resume(pathlib.Path(directory), options.kills, options.seed)
-    print(f"{len(done)} kills, every end bit-identical")
+    for objective in OBJECTIVES if options.objective == "all" else [options.objective]:
+        print(f"{objective}:", flush=True)
+        with tempfile.TemporaryDirectory() as directory:
+            training = Training("builtin:python_docs", objective)
+            done = kill_resume(pathlib.Path(directory), options.kills, options.seed, training)
+        print(f"{len(done)} kills, every end bit-identical")
 
 
 if __name__ == "__main__":

@@ -189,6 +189,27 @@ def test_evaluation_on_another_source(workdir, source, capsys):
     assert last_json(capsys)["seq_len"] == 24
 
 
+def test_prepare_shows_the_words_and_tokens_of_each_split(workdir, source, capsys):
+    overrides = [f"--config.{field}" for field in (f"data.source={source}", *TINY)]
+    assert main(["prepare", "--config", SMOKE, "--out", str(workdir / "data"), *overrides]) == 0  # made by the fixture
+    lines = capsys.readouterr().out.splitlines()
+    texts = [json.loads(line)["text"] for line in pathlib.Path(source[6:].partition("?")[0]).read_text().splitlines()]
+    counted = {name: [int(number.replace(",", "")) for number in numbers] for name, *numbers in map(str.split, lines[1:])}
+    assert lines[0].split() == ["split", "documents", "words", "tokens"] and counted.keys() == {"train", "validation"}
+    assert [a + b for a, b in zip(*counted.values(), strict=True)][:2] == [len(texts), sum(len(t.split()) for t in texts)]
+
+
+def test_no_more_passes_than_are_allowed(workdir, train, tmp_path, capsys):
+    found = json.loads((workdir / "data" / "manifest.json").read_text())["rows"]["32"]["train"]["rows"]
+    steps, options = 2 * found // 16, ("--data", str(workdir / "data"))
+    for change in ("stages[0].steps=1", f"stages[0].steps={steps}"):
+        assert train(tmp_path / change[-2:], change, "train.max_epochs=2", "evaluation.every=0", options=options) == 0
+    capsys.readouterr()
+    assert train(tmp_path / "more", f"stages[0].steps={steps + 1}", "train.max_epochs=2", options=options) == 2
+    assert f"times over the {found} training rows" in (message := capsys.readouterr().err)
+    assert "train.max_epochs=2" in message and not (tmp_path / "more" / "checkpoints").exists()
+
+
 def test_a_finished_run_is_left_as_it_is(workdir, train):
     before = (workdir / "metrics.jsonl").read_bytes(), parameters(workdir)[0]
     assert train(workdir) == 0

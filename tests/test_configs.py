@@ -13,11 +13,13 @@ import pytest
 
 from mlm_jax import config
 from mlm_jax.compile.topology import parse_topology
+from mlm_jax.data.corpus import Corpus
 from mlm_jax.masking import num_slots
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
 from mlm_jax.objectives.rates import scheduled_rates
 from mlm_jax.sharding import make_mesh
+from mlm_jax.train.feed import check_epochs
 from mlm_jax.train.optimizer import learning_rate
 
 RECIPES = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
@@ -50,6 +52,8 @@ SIZES = {
     "mdlm_small": (163_751_808, [524_288]),
     "diffusion_mini": (4_344_064, [4_096]),
     "gpt_bert_small": (22_431_104, [4_194_304, 4_194_304, 4_194_304]),
+    "babylm_strict_small": (25_585_024, [16_384, 16_384, 16_384]),
+    "babylm_mini": (5_462_272, [4_096, 4_096]),
     **{f"compare_mini:{variant}": (5_462_272, [2_048]) for variant in ("mlm", "whole_word", "diffusion", "hybrid")},
     "compare_mini:span": (5_722_808, [2_048]),
     "compare_mini:rtd": (5_695_553, [2_048]),
@@ -73,6 +77,8 @@ RATES = {
     "mdlm_small": {1_250: 1.5e-4, 2_500: 3e-4, 500_000: 3e-4, 1_000_000: 3e-4},
     "diffusion_mini": {75: 7.5e-4, 150: 1.5e-3, 1_575: 7.5e-4, 3_000: 0.0},
     **{name: {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0} for name in names_of("compare_mini")},
+    "babylm_strict_small": {70: 3.5e-3, 140: 7e-3, 4_445: 7e-3 * 0.55, 8_750: 7e-4},
+    "babylm_mini": {150: 5e-4, 300: 1e-3, 3_150: 5e-4, 6_000: 0.0},
     "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 
@@ -232,6 +238,18 @@ def test_gpt_berts_mask_rate_falls_linearly_over_stages_of_equal_batches():
     rates = [float(scheduled_rates(cfg, index, step).rate) for index, step in ((0, 0), (0, 3_906), (2, 7_812))]
     assert rates == pytest.approx([0.3, 0.225, 0.15])
     assert cfg.total_steps == 31_250 // 4 and {stage.batch_size * stage.seq_len for stage in cfg.stages} == {32_768 * 128}
+
+
+@pytest.mark.parametrize("name", ["babylm_strict_small", "babylm_mini"])
+def test_babylms_ten_million_words_are_seen_ten_times_at_most(name):
+    cfg = load(name)
+    tokens = 1.443e7  # with CLS and SEP, of ten million words of fiction and Wikipedia in rows of 128
+    rows = {str(stage.seq_len): {"train": {"rows": tokens / stage.seq_len}} for stage in cfg.stages}
+    epochs = check_epochs(cfg, Corpus(pathlib.Path("corpus"), {"rows": rows}, tokenizer=None, unigrams=None))
+    assert (cfg.data.max_words, cfg.train.max_epochs) == (10_000_000, 10)
+    assert {"babylm_strict_small": 9.5, "babylm_mini": 1.7}[name] < epochs < 10
+    rates = [float(scheduled_rates(cfg, index, step).rate) for index, step in ((0, 0), (-1, cfg.total_steps))]
+    assert rates == pytest.approx([0.3, 0.15])
 
 
 @pytest.mark.parametrize("name", ["smoke", "bert_mini", "bert_mini_decay", "diffusion_mini"])

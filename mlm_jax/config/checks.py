@@ -39,6 +39,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "diffusion.draws",
     ),
     "at least 0": (
+        "data.max_words",
         "model.position_offset",
         "model.num_token_types",
         "model.table_dim",
@@ -51,6 +52,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.end_factor",
         "stages.learning_rate",
         "stages.warmup_steps",
+        "train.max_epochs",
         "evaluation.every",
         "masking.schedule_start",
         "masking.schedule_steps",

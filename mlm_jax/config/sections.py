@@ -11,6 +11,7 @@ class DataConfig:
     validation_fraction: float = 0.01  # share of documents held out, chosen by the hash of their text
     deduplicate: bool = True  # drop exact repetitions of a document
     max_segments: int = 16  # documents (or parts of one) that may share a row
+    max_words: int = 0  # the training split takes no more documents than have so many words together; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +202,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     max_nonfinite: int = 10  # consecutive skipped updates before the run stops
+    max_epochs: int = 0  # the stages may pass over the training text so often, all together; 0: as often as they like
     wandb_project: str = ""  # extra: pip install mlm-jax[wandb]
 
 

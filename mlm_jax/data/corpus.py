@@ -16,7 +16,8 @@ from mlm_jax import config
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_jax.errors import MachineError, UserError
 
-FORMAT = 1  # raised when what `prepare` writes changes, so that an older corpus is not taken for a newer one
+FORMAT = 2  # raised when what `prepare` writes changes, so that an older corpus is not taken for a newer one
+_READABLE = (1, FORMAT)  # 1: the manifest counts no words
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 UNIGRAMS = "unigrams.npy"
@@ -28,7 +29,7 @@ class Corpus:
 
     Attributes:
         path: its directory.
-        manifest: what `prepare` recorded: identity, counts of documents, tokens and rows, fill rates, hashes.
+        manifest: what `prepare` recorded: identity, counts of documents, words, tokens and rows, fill rates, hashes.
         tokenizer: the one that its tokens were made with.
         unigrams: int64 [tokenizer's vocabulary], how often each id is text of the training split; special ids 0.
     """
@@ -66,7 +67,7 @@ def open_corpus(path: str | os.PathLike[str], cfg: config.Config | None = None) 
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"no prepared corpus in {directory}: run `mlm-jax prepare --config C --out {directory}`")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in _READABLE:
         raise UserError(f"{directory} has format {manifest['format']}, this version reads {FORMAT}: prepare it again")
     if cfg is not None:
         check_identity(directory, manifest["identity"], identity(cfg), whole=True)
@@ -96,13 +97,15 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:
 def check_identity(directory: pathlib.Path, made: Mapping[str, Any], wanted: Mapping[str, Any], *, whole: bool) -> None:
     """Raises a UserError that names the first field in which a corpus differs from what is wanted.
 
-    A whole corpus may have more row lengths than are wanted; one that is being made must have exactly those.
+    A whole corpus may have more row lengths than are wanted; one that is being made must have exactly those. A corpus that
+    is older than a field was made with its default.
     """
+    older = identity(config.Config(name=""))
     differing = [
-        (f"{section}.{field}", made[section].get(field), wanted[section].get(field))
+        (f"{section}.{field}", was, now)
         for section in ("data", "tokenizer")
         for field in sorted(made[section].keys() | wanted[section].keys())
-        if made[section].get(field) != wanted[section].get(field)
+        if (was := made[section].get(field, older[section].get(field))) != (now := wanted[section].get(field))
     ]
     missing = set(wanted["seq_lens"]) - set(made["seq_lens"])
     if missing or (not whole and made["seq_lens"] != wanted["seq_lens"]):

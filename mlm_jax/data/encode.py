@@ -140,7 +140,7 @@ def encode(
             paths.append(path)
             finished = on_disk.pop(index, None)
             if finished is not None and finished != path:
-                raise _changed(source, building)
+                raise changed(source, building)
             if finished is not None:
                 report(units.summarise(path))
             else:
@@ -157,7 +157,7 @@ def encode(
             report(summary)
     totals = counter.totals()
     if on_disk or (expected is not None and totals != expected):
-        raise _changed(source, building)
+        raise changed(source, building)
     return paths, summaries, totals
 
 
@@ -177,7 +177,8 @@ def _grouped(documents: Iterator[str], counter: _Counter) -> Iterator[tuple[list
         yield texts, content_hash.hexdigest()
 
 
-def _changed(source: Source, building: pathlib.Path) -> UserError:
+def changed(source: Source, building: pathlib.Path) -> UserError:
+    """What to raise when a later pass over a source does not read what an earlier one did."""
     return UserError(
         f"{source.uri}: the documents have changed since {building.parent} was begun; delete that directory and prepare"
         " it again, or bring the documents back as they were"

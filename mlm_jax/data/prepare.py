@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlm_jax.config import Config
-from mlm_jax.data import atomic, encode, pool, progress, shards, units
+from mlm_jax.data import atomic, encode, limit, pool, progress, shards, units
 from mlm_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -93,7 +93,10 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
     if ready.exists():
         check_identity(directory, json.loads(ready.read_bytes())["identity"], wanted, whole=False)
     elif begun.exists() and (directory / TOKENIZER).exists():
-        check_identity(directory, json.loads(begun.read_bytes()), wanted, whole=False)
+        made = json.loads(begun.read_bytes())
+        if made.get("format", 1) != FORMAT:
+            raise UserError(f"{directory} was begun by another version of mlm-jax: delete it and prepare it again")
+        check_identity(directory, made, wanted, whole=False)
         _log.info("continuing the unfinished corpus in %s", directory)
     else:
         known = {building.name, atomic.LOCK_NAME}
@@ -107,7 +110,7 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
             left_by_a_killed_process.unlink()
     if not begun.exists():
         with atomic.replacing(begun) as temporary:
-            temporary.write_text(json.dumps(wanted))
+            temporary.write_text(json.dumps({"format": FORMAT, **wanted}))
     return building
 
 
@@ -115,6 +118,8 @@ def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers
     """All the work: everything is in place and the manifest is ready when this returns."""
     source = encode.remembering(open_source(cfg.data.source), REMEMBERED_BYTES)
     _log.info("preparing %s from %s with %d worker(s)", directory, source.description, workers)
+    if cfg.data.max_words:
+        source = _limited(cfg, source, building)
     tokenizer, expected = _make_tokenizer(cfg, source, directory / TOKENIZER, building)
     check_vocabulary(tokenizer, cfg)
     row_format = shards.RowFormat(
@@ -141,9 +146,23 @@ def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers
     _write_unigrams(summaries, building, directory / UNIGRAMS)
     blank = sum(unit.blank for unit in found)
     manifest = _manifest(cfg, tokenizer, totals, blank, row_format, summaries)
+    if 0 < cfg.data.max_words < manifest["words"]["train"]:
+        raise encode.changed(source, building)
     with atomic.replacing(directory / _READY, building) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     _report(manifest)
+
+
+def _limited(cfg: Config, source: Source, building: pathlib.Path) -> Source:
+    """Cuts the source down to `data.max_words`; where it is cut is kept for a restart."""
+    path = building / "limit"
+    if not path.exists():
+        cut = limit.find_limit(
+            source, cfg.data.max_words, deduplicate=cfg.data.deduplicate, held_out_below=_held_out_below(cfg)
+        )
+        with atomic.replacing(path) as temporary:
+            temporary.write_text(cut)
+    return limit.limited(source, path.read_text())
 
 
 def _held_out_below(cfg: Config) -> int:
@@ -244,6 +263,7 @@ def _manifest(
         "content_hash": hashlib.blake2b(content, digest_size=16).hexdigest(),
         "documents": {**documents, "duplicates": sum(summary.duplicates for summary in summaries), "blank": blank},
         "held_out_share": documents.get("validation", 0) / sum(documents.values()),
+        "words": {split: sum(summary.words for summary in group) for split, group in of_split.items()},
         "tokens": {split: sum(summary.tokens for summary in group) for split, group in of_split.items()},
         "rows": {
             str(seq_len): {split: _row_counts(group, seq_len) for split, group in of_split.items()}
@@ -267,6 +287,8 @@ def _row_counts(summaries: Sequence[shards.BucketSummary], seq_len: int) -> dict
 
 def _report(manifest: dict[str, Any]) -> None:
     max_segments = manifest["identity"]["data"]["max_segments"]
+    for split, words in manifest["words"].items():
+        _log.info("%s: %s words, %s tokens", split, f"{words:,}", f"{manifest['tokens'][split]:,}")
     for seq_len, splits in manifest["rows"].items():
         counts = splits["train"]
         _log.info("rows of %s: %d for training, fill rate %.1f%%", seq_len, counts["rows"], 100 * counts["fill_rate"])

@@ -71,6 +71,7 @@ class BucketSummary:
     documents: int  # without duplicates where those are dropped
     duplicates: int
     tokens: int  # of documents, specials not counted
+    words: int
     content_hash: str  # over the hashes of the documents, in order
     rows: Mapping[int, RowCounts]
 
@@ -104,6 +105,7 @@ def pack_bucket(
         len(documents.lengths),
         len(found.lengths) - len(documents.lengths),
         int(documents.lengths.sum()),
+        int(documents.words.sum()),
         content_hash,
         rows,
     )

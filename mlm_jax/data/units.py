@@ -13,9 +13,10 @@ import numpy as np
 
 from mlm_jax.data import atomic
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_jax.data.words import count_words
 from mlm_jax.errors import MachineError
 
-# A unit file is this header, then hashes uint64 [documents, 2], token ends int64 [documents], token ids [tokens].
+# A unit file is this header, then hashes uint64 [documents, 2], token ends and words int64 [documents], token ids [tokens].
 _HEADER = np.dtype([(name, "<i8") for name in ("documents", "tokens", "blank", "text_bytes", "id_bytes")])
 
 
@@ -38,17 +39,19 @@ class Documents:
     Attributes:
         hashes: uint64 [documents, 2], the 128 bits of each document's hash, most significant first.
         starts: int64 [documents], where a document's tokens begin in `tokens`.
-        lengths: int64 [documents].
+        lengths: int64 [documents], in tokens.
+        words: int64 [documents], of the text.
         tokens: [all tokens], in no particular order of documents.
     """
 
     hashes: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    words: np.ndarray
     tokens: np.ndarray
 
     def take(self, chosen: np.ndarray) -> "Documents":
-        return Documents(self.hashes[chosen], self.starts[chosen], self.lengths[chosen], self.tokens)
+        return Documents(self.hashes[chosen], self.starts[chosen], self.lengths[chosen], self.words[chosen], self.tokens)
 
 
 def document_hash(text: bytes) -> bytes:
@@ -75,8 +78,10 @@ def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory:
     """
     tokenizer = _tokenizer(tokenizer_directory)
     hashes = np.frombuffer(b"".join(document_hash(text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2)
-    ids = [tokenizer.encode(text.decode()) for text in texts]
+    decoded = [text.decode() for text in texts]
+    ids = [tokenizer.encode(text) for text in decoded]
     lengths = np.array([len(one) for one in ids], np.int64)
+    words = np.array([count_words(text) for text in decoded], np.int64)
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     order = order[lengths[order] > 0]
     tokens = np.concatenate([ids[i] for i in order]) if len(order) else np.zeros(0)
@@ -85,7 +90,7 @@ def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory:
     header["documents"], header["tokens"], header["blank"] = len(order), len(tokens), len(texts) - len(order)
     header["text_bytes"], header["id_bytes"] = sum(map(len, texts)), tokens.itemsize
     with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
-        for part in (header, hashes[order], np.cumsum(lengths[order]), tokens):
+        for part in (header, hashes[order], np.cumsum(lengths[order]), words[order], tokens):
             file.write(part.tobytes())
     return summarise(path)
 
@@ -96,7 +101,7 @@ def summarise(path: pathlib.Path) -> UnitSummary:
     Raises:
         MachineError: the file is not as it was written.
     """
-    header, hashes, _, _ = _arrays(path)
+    header, hashes, _, _, _ = _arrays(path)
     numbers = {name: int(header[name]) for name in ("documents", "tokens", "blank", "text_bytes")}
     if not numbers["documents"]:
         return UnitSummary(**numbers, smallest_hash=2**64 - 1, largest_hash=0)
@@ -108,22 +113,24 @@ def gather(paths: Sequence[pathlib.Path], lower: int, upper: int) -> Documents:
 
     The result does not show which unit a document came from; equal documents follow each other.
     """
-    hashes, lengths, tokens = [], [], []
+    hashes, lengths, words, tokens = [], [], [], []
     for path in paths:
-        _, unit_hashes, ends, unit_tokens = _arrays(path)
+        _, unit_hashes, ends, unit_words, unit_tokens = _arrays(path)
         first = np.searchsorted(unit_hashes[:, 0], np.uint64(lower), "left")
         last = np.searchsorted(unit_hashes[:, 0], np.uint64(upper - 1), "right")
         bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first:last]))
         hashes.append(np.array(unit_hashes[first:last]))
         lengths.append(np.diff(bounds))
+        words.append(np.array(unit_words[first:last]))
         tokens.append(np.array(unit_tokens[bounds[0] : bounds[-1]]))
     all_lengths = np.concatenate(lengths)
-    found = Documents(np.concatenate(hashes), np.cumsum(all_lengths) - all_lengths, all_lengths, np.concatenate(tokens))
+    starts = np.cumsum(all_lengths) - all_lengths
+    found = Documents(np.concatenate(hashes), starts, all_lengths, np.concatenate(words), np.concatenate(tokens))
     return found.take(np.lexsort((found.hashes[:, 1], found.hashes[:, 0])))
 
 
-def _arrays(path: pathlib.Path) -> tuple[np.void, np.ndarray, np.ndarray, np.ndarray]:
-    """Maps a unit's header, hashes, token ends and tokens into memory, so that only what is used is read."""
+def _arrays(path: pathlib.Path) -> tuple[np.void, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Maps a unit's header, hashes, token ends, words and tokens into memory, so that only what is used is read."""
     try:
         content = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
@@ -133,12 +140,14 @@ def _arrays(path: pathlib.Path) -> tuple[np.void, np.ndarray, np.ndarray, np.nda
     header = content[: _HEADER.itemsize].view(_HEADER)[0]
     documents, tokens, id_bytes = (int(header[name]) for name in ("documents", "tokens", "id_bytes"))
     ends_at = _HEADER.itemsize + 16 * documents
-    tokens_at = ends_at + 8 * documents
+    words_at = ends_at + 8 * documents
+    tokens_at = words_at + 8 * documents
     if len(content) != tokens_at + id_bytes * tokens:
         raise MachineError(f"{path} is damaged ({len(content)} bytes); delete it and start again")
     return (
         header,
         content[_HEADER.itemsize : ends_at].view("<u8").reshape(-1, 2),
-        content[ends_at:tokens_at].view("<i8"),
+        content[ends_at:words_at].view("<i8"),
+        content[words_at:tokens_at].view("<i8"),
         content[tokens_at:].view(np.uint16 if id_bytes == 2 else np.int32),
     )

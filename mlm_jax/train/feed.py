@@ -11,6 +11,7 @@ from mlm_jax.data.corpus import Corpus
 from mlm_jax.data.loader import Rows, batches
 from mlm_jax.data.ngrams import encode_ngrams
 from mlm_jax.data.tokenizer import Tokenizer
+from mlm_jax.errors import UserError
 from mlm_jax.masking import NgramTable, VocabTables
 from mlm_jax.sharding import ROWS, local_rows, place
 
@@ -28,6 +29,23 @@ def vocab_tables(cfg: Config, tokenizer: Tokenizer, ngrams: Sequence[str] = ()) 
     )
     replicated: VocabTables = place(tables, jax.P())
     return replicated
+
+
+def check_epochs(cfg: Config, corpus: Corpus) -> float:
+    """How often a run passes over the training text, a part of a pass counted as that part.
+
+    Raises:
+        UserError: more often than `train.max_epochs`.
+    """
+    rows = {stage.seq_len: corpus.manifest["rows"][str(stage.seq_len)]["train"]["rows"] for stage in cfg.stages}
+    epochs = sum(stage.steps * stage.batch_size / rows[stage.seq_len] for stage in cfg.stages)
+    most = cfg.train.max_epochs
+    if 0 < most < epochs:
+        raise UserError(
+            f"the stages pass {epochs:.2f} times over the {max(rows.values())} training rows of {corpus.path}, and "
+            f"train.max_epochs={most}: multiply stages[…].steps by {most / epochs:.3f}, or give more text"
+        )
+    return float(epochs)
 
 
 def device_batches(

@@ -29,7 +29,7 @@ from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, pl
 from mlm_jax.train.begin import begin
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
-from mlm_jax.train.feed import device_batches, vocab_tables
+from mlm_jax.train.feed import check_epochs, device_batches, vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step
@@ -91,6 +91,7 @@ def train(
         if peers.is_primary:
             stack.enter_context(workdir.lock())
         corpus = _open(cfg, workdir, data_dir or workdir.default_data, workers, peers)
+        logger.info("%d steps pass over the training text %.2f times", cfg.total_steps, check_epochs(cfg, corpus))
         stack.enter_context(jax.set_mesh(mesh))
         received = stack.enter_context(_signals())
         _Run(cfg, workdir, corpus, mesh, profile, received, peers).train()
