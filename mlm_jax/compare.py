@@ -29,7 +29,19 @@ from mlm_jax.report.runs import read_runs
 from mlm_jax.workdir import write_atomically
 
 MIN_STEPS = 10
-COMMON = ("step", "kind", "loss", "perplexity", "accuracy", "unigram_loss", "unigram_accuracy", "tokens", "probes")
+COMMON = (
+    "step",
+    "kind",
+    "loss",
+    "perplexity",
+    "accuracy",
+    "unigram_loss",
+    "unigram_accuracy",
+    "tokens",
+    "bits_per_byte",
+    "sources",
+    "probes",
+)
 
 
 class Interrupted(Exception):

@@ -40,8 +40,9 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> Result:
 
     manifest = prepare(load_config(options.config, overrides), options.out, options.workers).manifest
     print(f"{'split':12}{'documents':>12}{'words':>14}{'tokens':>14}")
-    for split, words in manifest.get("words", {}).items():  # a corpus of an older version counts none
-        print(f"{split:12}{manifest['documents'][split]:12,}{words:14,}{manifest['tokens'][split]:14,}")
+    for name, part in manifest.get("sources", {"": manifest}).items():
+        for split, words in part.get("words", {}).items():  # a corpus of an older version counts none
+            print(f"{split:12}{part['documents'][split]:12,}{words:14,}{part['tokens'][split]:14,}  {name}".rstrip())
     return dict(manifest)
 
 
@@ -125,29 +126,45 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
     import jax
 
     from mlm_jax.inference import open_run, pack_source
-    from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
-    from mlm_jax.train.feed import vocab_tables
+    from mlm_jax.train.evaluate import COMMON, HeldOut, evaluate_sources, make_eval_step
+    from mlm_jax.train.feed import token_bytes, vocab_tables
 
     with _device_errors(), open_run(options.workdir) as run:
         cfg = run.cfg
         seq_len = options.seq_len or cfg.stages[-1].seq_len
         if not 8 <= seq_len <= cfg.model.max_positions:
             raise UserError(f"--seq-len={seq_len} must lie between 8 and the model's {cfg.model.max_positions} positions")
-        rows = pack_source(run, options.source, seq_len) if options.source else run.workdir.read_validation(seq_len)
-        log_unigram_V = jax.device_put(run.workdir.log_unigrams(cfg.model.vocab_size), jax.P())
+        names = ("",) if options.source else tuple(source.name for source in cfg.data.sources) or ("",)
+        held_out = {
+            name: HeldOut(
+                pack_source(run, options.source, seq_len) if options.source else run.workdir.read_validation(seq_len, name),
+                jax.device_put(run.workdir.log_unigrams(cfg.model.vocab_size, name), jax.P()),
+            )
+            for name in names
+        }
+        bytes_V = jax.device_put(token_bytes(run.tokenizer, cfg.model.vocab_size), jax.P())
         vocab = vocab_tables(cfg, run.tokenizer, run.workdir.read_ngrams())
         step = make_eval_step(cfg, run.objective)
-        found = evaluate(step, run.params, rows, vocab, log_unigram_V, cfg.evaluation.batch_size)
-    print(f"step {run.step}, {found['tokens']} masked tokens of {len(rows['tokens'])} rows of {seq_len}")
-    print(f"{'':12}{'loss':>10}{'accuracy':>10}{'perplexity':>12}")
-    print(f"{'model':12}{found['loss']:10.4f}{found['accuracy']:10.4f}{found['perplexity']:12.2f}")
+        found = evaluate_sources(step, run.params, held_out, vocab, bytes_V, cfg.evaluation.batch_size)
+    rows = sum(len(one.rows["tokens"]) for one in held_out.values())
+    print(f"step {run.step}, {found['tokens']} masked tokens of {rows} rows of {seq_len}")
+    print(f"{'':12}{'loss':>10}{'accuracy':>10}{'perplexity':>12}{'bits/byte':>12}")
+    print(_measured("model", found))
     print(f"{'unigram':12}{found['unigram_loss']:10.4f}{found['unigram_accuracy']:10.4f}")
+    for name, values in found.get("sources", {}).items():
+        print(_measured(name, values))
+        print(f"{'  unigram':12}{values['unigram_loss']:10.4f}{values['unigram_accuracy']:10.4f}")
     own = {name: value for name, value in found.items() if name not in COMMON}
     for name, value in own.items():
         print(f"{name:12}{value:10.4f}")
     if not math.isfinite(found["loss"]):
         raise MachineError(f"the loss is not finite: the parameters of step {run.step} are those of a run that diverged")
     return {"step": run.step, "seq_len": seq_len, **found}
+
+
+def _measured(name: str, values: dict[str, Any]) -> str:
+    loss, accuracy, perplexity = (values[key] for key in ("loss", "accuracy", "perplexity"))
+    return f"{name:12}{loss:10.4f}{accuracy:10.4f}{perplexity:12.2f}{values['bits_per_byte']:12.4f}"
 
 
 def _declare_fill_mask(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """A run's directory: its config, tokenizer, frozen validation rows and lock. Host code; nothing here knows the model.
 
 config.json  checkpoints/  metrics.jsonl  tensorboard/  tokenizer/  unigrams.npy  validation_seq128.npz  [ngrams.txt]
-[data/]
+[data/]  and of a mixture unigrams_NAME.npy and validation_seq128_NAME.npz for each source.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from etils import epath
@@ -85,22 +85,25 @@ class Workdir:
             raise MachineError(f"{self._config} is damaged: {error}") from error
         return cfg
 
-    def write_language(self, tokenizer: Tokenizer, unigrams: np.ndarray) -> None:
-        """Keeps the tokenizer and the training text's token counts beside the model."""
+    def write_language(
+        self, tokenizer: Tokenizer, unigrams: np.ndarray, by_source: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Keeps the tokenizer and the training text's token counts beside the model; of a mixture, each source's too."""
         tokenizer.save(self.path / "tokenizer")
-        buffer = io.BytesIO()
-        np.save(buffer, unigrams)
-        write_atomically(self.path / "unigrams.npy", buffer.getvalue())
+        for name, counts in {"": unigrams, **(by_source or {})}.items():
+            buffer = io.BytesIO()
+            np.save(buffer, counts)
+            write_atomically(self._unigrams(name), buffer.getvalue())
 
     def read_tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.path / "tokenizer")
 
-    def log_unigrams(self, vocab_size: int) -> np.ndarray:
-        """Log-probabilities of the training text's tokens, add-one smoothed: float32 [vocab_size].
+    def log_unigrams(self, vocab_size: int, source: str = "") -> np.ndarray:
+        """Log-probabilities of the training text's tokens, or of one source's, add-one smoothed: float32 [vocab_size].
 
         Ids beyond the tokenizer's never occur as targets and count as never seen.
         """
-        counts = np.load(io.BytesIO((self.path / "unigrams.npy").read_bytes())).astype(np.float64)
+        counts = np.load(io.BytesIO(self._unigrams(source).read_bytes())).astype(np.float64)
         counts = np.pad(counts + 1.0, (0, vocab_size - len(counts)), constant_values=1.0)
         return np.log(counts / counts.sum()).astype(np.float32)
 
@@ -118,26 +121,29 @@ class Workdir:
         """The list of n-grams, empty where the run has none."""
         return self._ngrams.read_text().split("\n") if self._ngrams.exists() else []
 
-    def write_validation(self, seq_len: int, rows: dict[str, np.ndarray]) -> None:
-        """Freezes the held-out rows that this run is evaluated on."""
+    def write_validation(self, seq_len: int, rows: dict[str, np.ndarray], source: str = "") -> None:
+        """Freezes the held-out rows that this run is evaluated on, of one source where it is a mixture."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, tokens=rows["tokens"], segment_ids=rows["segment_ids"])
-        write_atomically(self._validation(seq_len), buffer.getvalue())
+        write_atomically(self._validation(seq_len, source), buffer.getvalue())
 
-    def read_validation(self, seq_len: int) -> dict[str, np.ndarray]:
+    def read_validation(self, seq_len: int, source: str = "") -> dict[str, np.ndarray]:
         """`tokens` and `segment_ids`, int32 [rows, seq_len].
 
         Raises:
             UserError: the run was never evaluated at this length.
         """
-        file = self._validation(seq_len)
+        file = self._validation(seq_len, source)
         if not file.exists():
             raise UserError(f"{self.path} has no held-out rows of length {seq_len}; give a --source to evaluate on")
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return {name: arrays[name].astype(np.int32) for name in ("tokens", "segment_ids")}
 
-    def _validation(self, seq_len: int) -> epath.Path:
-        return self.path / f"validation_seq{seq_len}.npz"
+    def _validation(self, seq_len: int, source: str) -> epath.Path:
+        return self.path / f"validation_seq{seq_len}{source and '_'}{source}.npz"
+
+    def _unigrams(self, source: str) -> epath.Path:
+        return self.path / f"unigrams{source and '_'}{source}.npy"
 
 
 def write_atomically(file: epath.Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from mlm_jax.config import Config, EvaluationConfig, MaskingConfig, ModelConfig,
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.sharding import make_mesh
-from mlm_jax.train.evaluate import evaluate, make_eval_step
+from mlm_jax.train.evaluate import HeldOut, evaluate, evaluate_sources, make_eval_step
 
 ROWS, LENGTH, VOCAB = 20, 24, 128
 CFG = Config(
@@ -28,6 +28,7 @@ TABLES = masking.VocabTables.from_arrays(
 )
 COUNTS = np.random.default_rng(1).integers(1, 1000, VOCAB)
 LOG_UNIGRAM = np.log(COUNTS / COUNTS.sum()).astype(np.float32)
+BYTES = np.random.default_rng(4).integers(1, 9, VOCAB).astype(np.float32)  # that each token stands for
 
 
 def make_rows(rows: int = ROWS) -> dict[str, np.ndarray]:
@@ -56,8 +57,9 @@ def eval_step(cfg: Config):
 def run(cfg: Config = CFG, *, batch_size: int = 8, rows=None, devices: int = 1) -> dict[str, float]:
     mesh = make_mesh(ShardingConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        params, vocab, log_unigram = jax.device_put((parameters(), TABLES, LOG_UNIGRAM), jax.NamedSharding(mesh, jax.P()))
-        return evaluate(eval_step(cfg), params, rows or make_rows(), vocab, log_unigram, batch_size)
+        replicated = jax.NamedSharding(mesh, jax.P())
+        params, vocab, log_unigram, lengths = jax.device_put((parameters(), TABLES, LOG_UNIGRAM, BYTES), replicated)
+        return evaluate(eval_step(cfg), params, HeldOut(rows or make_rows(), log_unigram), vocab, lengths, batch_size)
 
 
 def change(cfg: Config = CFG, **sections) -> Config:
@@ -147,6 +149,28 @@ def test_the_models_loss_by_hand():
     nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert plain()["loss"] == pytest.approx(nll[used].mean(), rel=1e-5)
     assert plain()["accuracy"] == pytest.approx((logits.argmax(-1) == targets)[used].mean())
+    bits = nll[used].sum() / math.log(2.0)
+    assert plain()["bits_per_byte"] == pytest.approx(bits / BYTES[targets[used]].sum(), rel=1e-5)
+
+
+def test_a_mixture_is_measured_by_source_and_as_a_whole():
+    """The whole is the mean over all masked tokens, and a source has the masks and the unigram model that it has alone."""
+    mesh = make_mesh(ShardingConfig(), jax.devices()[:1])
+    other = np.roll(LOG_UNIGRAM, 7)
+    sources = {"one": HeldOut(make_rows(), LOG_UNIGRAM), "two": HeldOut(make_rows(9), other)}
+    with jax.set_mesh(mesh):
+        arguments = (jax.device_put(parameters(), jax.NamedSharding(mesh, jax.P())), TABLES, BYTES, 8)
+        params, *rest = arguments
+        found = evaluate_sources(eval_step(CFG), params, sources, *rest)
+        alone = {name: evaluate(eval_step(CFG), params, one, *rest) for name, one in sources.items()}
+        (only,) = (evaluate_sources(eval_step(CFG), params, {"": one}, *rest) for one in [sources["one"]])
+    assert found["sources"] == alone and only == alone["one"]
+    assert alone["one"]["unigram_loss"] != alone["two"]["unigram_loss"]
+    tokens = {name: values["tokens"] for name, values in alone.items()}
+    assert found["tokens"] == sum(tokens.values()) and tokens["one"] != tokens["two"]
+    for name in ("loss", "accuracy", "unigram_loss"):
+        mean = sum(alone[source][name] * count for source, count in tokens.items()) / found["tokens"]
+        assert found[name] == pytest.approx(mean, rel=1e-6)
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(ROWS, 1), (32, 1), (3, 8)])
@@ -161,5 +185,5 @@ def test_a_diverged_model_has_a_perplexity_still():
     cfg, mesh = CFG, make_mesh(ShardingConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = jax.tree.map(lambda leaf: leaf * 1e4, parameters())
-        found = evaluate(eval_step(cfg), params, make_rows(), TABLES, LOG_UNIGRAM, 8)
+        found = evaluate(eval_step(cfg), params, HeldOut(make_rows(), LOG_UNIGRAM), TABLES, BYTES, 8)
     assert found["loss"] > 1e3 and math.isfinite(found["perplexity"])

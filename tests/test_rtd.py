@@ -23,7 +23,7 @@ from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.rates import constant_rates
 from mlm_jax.objectives.rtd import SAMPLING, ReplacedTokenDetection, detection_terms, insert_tokens, sample_tokens
-from mlm_jax.train.evaluate import evaluate, make_eval_step
+from mlm_jax.train.evaluate import HeldOut, evaluate, make_eval_step
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import init_state
 from mlm_jax.train.step import accumulate_gradients, make_train_step
@@ -320,7 +320,7 @@ def test_an_evaluation_is_frozen_and_independent_of_its_batches(one):
         cfg = dataclasses.replace(CONFIGS[sharing], **changes)
         eval_step = make_eval_step(cfg, ReplacedTokenDetection(cfg, Compute.resolve(cfg.compute)))
         params = parameters_on(one, sharing)
-        results.append(evaluate(eval_step, params, rows, tables_on(one), log_unigram, batch_size))
+        results.append(evaluate(eval_step, params, HeldOut(rows, log_unigram), tables_on(one), np.ones(VOCAB), batch_size))
     assert results[0] == results[2] and results[1] == pytest.approx(results[0], rel=1e-5)
     own = {name: results[0][name] for name in ("detection_accuracy", "precision", "recall", "auc")}
     assert all(0 < share < 1 for share in own.values()) and results[0]["detection_loss"] > 0

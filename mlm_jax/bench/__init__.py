@@ -20,7 +20,8 @@ from mlm_jax.bench.peer import HuggingFacePeer, check_installed
 from mlm_jax.bench.profile import Breakdown, profile_steps
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus, open_corpus
-from mlm_jax.data.loader import Rows, batches
+from mlm_jax.data.loader import batches
+from mlm_jax.data.mixture import training_rows
 from mlm_jax.data.ngrams import read_ngrams
 from mlm_jax.errors import UserError
 from mlm_jax.masking import VocabTables
@@ -241,7 +242,7 @@ def _random_rows(cfg: Config, stage: StageConfig) -> dict[str, np.ndarray]:
 
 
 def _loader(cfg: Config, stage: StageConfig, corpus: Corpus, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
-    rows = Rows(corpus.path, stage.seq_len, "train")
+    rows = training_rows(corpus, cfg, stage)
     return batches(rows, batch_size=stage.batch_size, start_step=0, num_steps=num_steps, first_position=0, seed=cfg.seed)
 
 

@@ -1,11 +1,11 @@
 """Every relation between a config's fields that can be wrong without looking at data or devices."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlm_jax.config.conversion import nearest
-from mlm_jax.config.sections import Config, MaskingConfig, StageConfig
+from mlm_jax.config.sections import Config, DataConfig, MaskingConfig, StageConfig
 from mlm_jax.errors import UserError
 
 # Fields by the range that each must lie in; `stages.` stands for every stage.
@@ -40,6 +40,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
     ),
     "at least 0": (
         "data.max_words",
+        "data.alpha",
+        "tokenizer.sample_alpha",
         "model.position_offset",
         "model.num_token_types",
         "model.table_dim",
@@ -104,6 +106,7 @@ def check(cfg: Config) -> None:
         not cfg.reference_topology or bool(re.fullmatch(r"(\d+x )?\w+:\d+(x\d+)*", cfg.reference_topology)),
         f"reference_topology={cfg.reference_topology!r} is not like v5e:4x4, 2x v5e:16x16 or h200:1x8",
     )
+    _check_mixture(cfg)
     _check_model(cfg)
     _check_training(cfg)
     _check_masking(cfg)
@@ -113,6 +116,36 @@ def check(cfg: Config) -> None:
         _check_diffusion(cfg)
     if cfg.objective == "hybrid":
         _check_hybrid(cfg)
+
+
+def _check_mixture(cfg: Config) -> None:
+    data = cfg.data
+    names = [source.name for source in data.sources]
+    _require(
+        not names or data.source == DataConfig().source,
+        f"data.source={data.source!r} and data.sources={names} are both given: put the one among the others",
+    )
+    for index, name in enumerate(names):
+        _require(
+            bool(re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII)),
+            f"data.sources[{index}].name={name!r} names a folder: letters, digits, '.', '_' and '-' only",
+        )
+        _require(names.count(name) == 1, f"data.sources has the name {name!r} more than once: rename one of them")
+    _check_weights("data.sources[…].weight", names, [source.weight for source in data.sources])
+    for index, stage in enumerate(cfg.stages):
+        if stage.weights:
+            where = f"stages[{index}].weights"
+            _require(
+                len(stage.weights) == len(names),
+                f"{where}={stage.weights} must have one weight for each of data.sources={names}",
+            )
+            _check_weights(where, names, stage.weights)
+
+
+def _check_weights(where: str, names: Sequence[str], weights: Sequence[float]) -> None:
+    for name, weight in zip(names, weights, strict=True):
+        _require(weight >= 0, f"{where}: {name} has {weight}, and a weight is at least 0")
+    _require(not names or sum(weights) > 0, f"{where}: the weights of {', '.join(names)} sum to zero; make one positive")
 
 
 def _check_model(cfg: Config) -> None:

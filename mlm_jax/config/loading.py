@@ -61,11 +61,17 @@ def _run_recipe(path: str) -> dict[str, Any]:
         raw = made.to_dict()
     except Exception as error:
         raise UserError(f"{path} could not be read as a config: {type(error).__name__}: {error}") from error
-    stages = raw.get("stages", ({},))
-    if not isinstance(stages, (list, tuple)) or not all(isinstance(stage, Mapping) for stage in stages):
-        raise UserError(f"{path}: stages={stages!r} must be a tuple of sections, one a stage")
-    raw["stages"] = [dict(stage) for stage in stages]
+    raw["stages"] = _entries(path, "stages", raw.get("stages", ({},)))
+    if isinstance(raw.get("data"), dict) and "sources" in raw["data"]:
+        raw["data"]["sources"] = _entries(path, "data.sources", raw["data"]["sources"])
     return raw
+
+
+def _entries(path: str, field: str, value: Any) -> list[dict[str, Any]]:
+    """A list of sections, which an override may change one by one."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
+        raise UserError(f"{path}: {field}={value!r} must be a tuple of sections")
+    return [dict(entry) for entry in value]
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -84,7 +90,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if bracket:
             if typing.get_origin(kind) is not tuple or not dataclasses.is_dataclass(typing.get_args(kind)[0]):
                 raise UserError(f"{name} is no list of sections, so there is no {part!r}")
-            kind, entries = typing.get_args(kind)[0], node[name]
+            kind, entries = typing.get_args(kind)[0], node.get(name, ())
             position = index.rstrip("]")
             if not position.isdigit() or int(position) >= len(entries):
                 raise UserError(f"{part}: the last one is {name}[{len(entries) - 1}]")

@@ -4,10 +4,24 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    name: str  # in logs, tables and folders: letters, digits, '.', '_' and '-'
+    uri: str  # as data.source
+    weight: float = 1.0  # its part of the training tokens, as `data.alpha` says; 0 leaves it out of training
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it is split and packed. What it holds decides a prepared corpus's identity."""
+    """Where text comes from and how it is split and packed. All but weights and alpha decide a prepared corpus's identity.
+
+    A mixture draws its training tokens from a source in proportion to weight · tokens^alpha.
+    """
 
     source: str = "builtin:python_docs"  # URI: builtin:, files:, tfds:, hf:
+    sources: tuple[SourceConfig, ...] = ()  # in the place of `source`: several, each with its own held-out split
+    alpha: float = 0.0  # 0: weights are shares; XLM-R: 0.3; 1: every source as often as its weight says, as epochs
     validation_fraction: float = 0.01  # share of documents held out, chosen by the hash of their text
     deduplicate: bool = True  # drop exact repetitions of a document
     max_segments: int = 16  # documents (or parts of one) that may share a row
@@ -25,6 +39,7 @@ class TokenizerConfig:
     byte_fallback: bool = True
     lowercase: bool = False
     sample_megabytes: float = 10.0  # text that the tokenizer is trained on, sampled over the whole source
+    sample_alpha: float = 0.3  # of a mixture: a source's part of that sample is in proportion to bytes^alpha
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +182,7 @@ class StageConfig:
     learning_rate: float = 0.0  # above 0: the schedule restarts in this stage with this peak
     warmup_steps: int = 0  # of a restarted schedule
     mask_rate: float = 0.0  # above 0: replaces masking.rate in this stage
+    weights: tuple[float, ...] = ()  # one for each of data.sources, in their order: replaces their weights in this stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +228,7 @@ class EvaluationConfig:
 
     every: int = 500  # steps between evaluations while training; 0 only at the end
     batch_size: int = 64
-    max_rows: int = 2048
+    max_rows: int = 2048  # of a mixture's sources together
     mask_rate: float = 0.15
     seed: int = 1234
     probes: tuple[str, ...] = ()  # texts with [MASK] that are filled in at each evaluation, for the report
@@ -255,6 +271,10 @@ class Config:
         """The architecture of each network that the objective trains, by what stands before its fields in a message."""
         generator = {"the generator's ": self.rtd.generator(self.model)} if self.objective == "rtd" else {}
         return {"model.": self.model} | generator
+
+    def weights(self, stage: StageConfig) -> tuple[float, ...]:
+        """Those of data.sources in a stage."""
+        return stage.weights or tuple(source.weight for source in self.data.sources)
 
     def mask_rate(self, stage: StageConfig) -> float:
         """The rate that a stage trains with, where no schedule moves it."""

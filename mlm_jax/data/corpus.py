@@ -19,32 +19,41 @@ from mlm_jax.errors import MachineError, UserError
 FORMAT = 2  # raised when what `prepare` writes changes, so that an older corpus is not taken for a newer one
 _READABLE = (1, FORMAT)  # 1: the manifest counts no words
 MANIFEST = "manifest.json"
+SOURCES = "sources"  # of a mixture: the folder with a corpus for each
 TOKENIZER = "tokenizer"
 UNIGRAMS = "unigrams.npy"
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """An opened corpus.
+    """An opened corpus, or a mixture of several with one tokenizer.
 
     Attributes:
         path: its directory.
         manifest: what `prepare` recorded: identity, counts of documents, words, tokens and rows, fill rates, hashes.
         tokenizer: the one that its tokens were made with.
         unigrams: int64 [tokenizer's vocabulary], how often each id is text of the training split; special ids 0.
+        parts: of a mixture, the corpus of each source by its name, in the config's order; else empty.
     """
 
     path: pathlib.Path
     manifest: Mapping[str, Any]
     tokenizer: Tokenizer
     unigrams: np.ndarray
+    parts: Mapping[str, "Corpus"] = dataclasses.field(default_factory=dict)
 
 
 def identity(cfg: config.Config) -> dict[str, Any]:
-    """The part of a configuration that a corpus depends on, in JSON's types."""
+    """The part of a configuration that a corpus depends on, in JSON's types. How sources are mixed is not in it."""
     sections = config.to_dict(cfg)
     seq_lens = sorted({stage.seq_len for stage in cfg.stages})
-    return {"data": sections["data"], "tokenizer": sections["tokenizer"], "seq_lens": seq_lens}
+    data = sections["data"]
+    del data["alpha"]
+    if data["sources"]:
+        data["sources"] = {source["name"]: source["uri"] for source in data["sources"]}
+    else:
+        del data["sources"], sections["tokenizer"]["sample_alpha"]
+    return {"data": data, "tokenizer": sections["tokenizer"], "seq_lens": seq_lens}
 
 
 def rows_directory(path: str | os.PathLike[str], seq_len: int) -> pathlib.Path:
@@ -80,7 +89,11 @@ def open_corpus(path: str | os.PathLike[str], cfg: config.Config | None = None) 
         unigrams = np.load(directory / UNIGRAMS)
     except (OSError, ValueError) as error:
         raise MachineError(f"{directory / UNIGRAMS} cannot be read: {error}; prepare the corpus again") from error
-    return Corpus(directory, manifest, tokenizer, unigrams)
+    parts = {name: open_corpus(directory / SOURCES / name) for name in manifest.get("sources", ())}
+    for part in parts.values():
+        if part.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise MachineError(f"{part.path} has another tokenizer than {directory}: prepare the mixture again")
+    return Corpus(directory, manifest, tokenizer, unigrams, parts)
 
 
 def read_manifest(directory: pathlib.Path) -> dict[str, Any] | None:

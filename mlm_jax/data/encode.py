@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
+
 from mlm_jax.config import TokenizerConfig
 from mlm_jax.data import atomic, pool, progress, units
 from mlm_jax.data.sources import Source
@@ -101,6 +103,24 @@ def sample(source: Source, sample_bytes: int, held_out_below: int) -> tuple[list
                 hashes.remove(smallest)
                 kept_bytes -= len(dropped)
     return [text for _, text in sorted(kept)], counter.totals()
+
+
+def balanced_sample(sources: Sequence[Source], sample_bytes: int, held_out_below: int, alpha: float) -> list[list[bytes]]:
+    """`sample` of each source, whose part of `sample_bytes` is in proportion to its bytes of text^alpha.
+
+    A source with less text than that gives what it has.
+
+    Source: XLM-R section 3 (Conneau et al., 2020): the sample of its tokenizer is drawn as its batches are.
+    """
+    drawn = [sample(source, sample_bytes, held_out_below) for source in sources]
+    sizes = np.array([totals.text_bytes for _, totals in drawn], float) ** alpha
+    parts = sample_bytes * sizes / sizes.sum()
+    # From the largest hash on, as `sample` chooses, and as many as reach the source's part.
+    kept = []
+    for (texts, _), part in zip(drawn, parts, strict=True):
+        before = np.cumsum([0, *(len(text) for text in reversed(texts))])[:-1]
+        kept.append(texts[len(texts) - int((before < part).sum()) :])
+    return kept
 
 
 def train(cfg: TokenizerConfig, texts: Sequence[bytes], directory: str) -> None:

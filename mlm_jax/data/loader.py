@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import grain
 import numpy as np
@@ -72,6 +72,23 @@ class Rows:
         tokens, lengths = (self._stacked(rows, name) for name in ("tokens", "segment_lengths"))
         return {"tokens": tokens, "segment_ids": _segment_ids(lengths, self.seq_len)}
 
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Of a mixture, the ids of each source's examples; there is one source here, without a name."""
+        return {}
+
+    def counts(self, examples: int) -> int:
+        """How many of the first so many examples of a stage are of this source, which are all."""
+        return examples
+
+    def epochs(self, visited: int) -> dict[str, float]:
+        """Of a mixture, how often each source has been gone through."""
+        return {}
+
+    def visit(self, seen: int, first: int, batch_size: int, offsets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows and epochs of the examples `offsets` of a batch; see `Examples`."""
+        return row_index(seen + first + offsets, len(self), seed)
+
     def _stacked(self, rows: Sequence[Any], name: str) -> np.ndarray:
         content = b"".join([row[name].bytes_list.value[0] for row in rows])
         return np.frombuffer(content, self._dtypes[name]).reshape(len(rows), -1).astype(np.int32)
@@ -86,24 +103,24 @@ def _segment_ids(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return np.repeat(np.tile(numbers, num_rows), repeats.ravel()).reshape(num_rows, seq_len)
 
 
-@functools.lru_cache(maxsize=8)
-def _permutation(num_rows: int, seed: int) -> grain.MapDataset[int]:
+@functools.lru_cache(maxsize=1024)  # one for each source of a mixture, and small
+def _permutation(num_rows: int, seed: int | str) -> grain.MapDataset[int]:
     # Grain adds the epoch to the seed: unhashed, run 1 would visit rows in the orders of run 0, one epoch earlier.
     grain_seed = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
     return grain.MapDataset.range(num_rows).shuffle(seed=grain_seed)
 
 
 @overload
-def row_index(position: int, num_rows: int, seed: int) -> tuple[int, int]: ...
+def row_index(position: int, num_rows: int, seed: int | str) -> tuple[int, int]: ...
 @overload
-def row_index(position: np.ndarray, num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]: ...
-def row_index(position: int | np.ndarray, num_rows: int, seed: int) -> tuple[int | np.ndarray, int | np.ndarray]:
+def row_index(position: np.ndarray, num_rows: int, seed: int | str) -> tuple[np.ndarray, np.ndarray]: ...
+def row_index(position: int | np.ndarray, num_rows: int, seed: int | str) -> tuple[int | np.ndarray, int | np.ndarray]:
     """Which row is visited at a position of a run: each row once per epoch, in an order of that epoch's own.
 
     Args:
         position: examples visited before, over the whole run; one or an array of them.
         num_rows: of the split.
-        seed: of the run.
+        seed: of the run; of a source in a mixture, with its name.
 
     Returns:
         The row and the epoch; int32 arrays of the position's shape where that is an array.
@@ -115,38 +132,65 @@ def row_index(position: int | np.ndarray, num_rows: int, seed: int) -> tuple[int
     return permutation[position], position // num_rows
 
 
+class Examples(Protocol):
+    """What batches are made of: the rows of one source (`Rows`) or of a mixture (`data.mixture.Mixture`)."""
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Of a mixture, the ids, from … up to, of each source's examples."""
+
+    def counts(self, examples: int) -> Any:
+        """How many of the first so many examples of a stage are of the source, or of each source."""
+
+    def epochs(self, visited: Any) -> dict[str, float]:
+        """Of a mixture, how often each source has been gone through after so many examples of it."""
+
+    def visit(self, seen: Any, first: int, batch_size: int, offsets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and epochs, int32, of the examples `offsets` of a batch.
+
+        Args:
+            seen: examples visited before the stage at this row length, as `counts` counts them.
+            first: the stage's examples before the batch.
+        """
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads examples; see `Rows.read`."""
+
+
 def batches(
-    rows: Rows,
+    rows: Examples,
     *,
     batch_size: int,
     start_step: int,
     num_steps: int,
-    first_position: int,
+    first_position: Any,
     seed: int,
     local_rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start_step … start_step + num_steps - 1, read ahead by threads.
 
-    Example i of step s is at position first_position + s * batch_size + i (see `row_index`).
+    Example i of step s is at position first_position + s * batch_size + i (see `row_index`; of a mixture, each source has
+    such positions of its own).
 
     Args:
         rows: what to read from.
         batch_size: examples of the global batch.
         start_step: the first step that is wanted, counted from where first_position is.
         num_steps: batches to give.
-        first_position: examples visited before step 0, in earlier stages.
+        first_position: examples visited before step 0, in earlier stages: a number; of a mixture, one for each source, or
+            0.
         seed: of the run.
         local_rows: which examples of each global batch this process feeds, all when None.
 
     Returns:
         An iterator of dictionaries: tokens and segment_ids as `Rows.read` gives them, example_ids int32 [b] (the row's
-        number) and epochs int32 [b], with b = len(local_rows).
+        number, over all sources) and epochs int32 [b], with b = len(local_rows).
     """
     offsets = np.arange(batch_size) if local_rows is None else np.asarray(local_rows, np.int64)
     assert ((offsets >= 0) & (offsets < batch_size)).all(), f"local rows {offsets} of a batch of {batch_size}"
 
     def read(step: int) -> dict[str, np.ndarray]:
-        example_ids, epochs = row_index(first_position + step * batch_size + offsets, len(rows), seed)
+        example_ids, epochs = rows.visit(first_position, step * batch_size, batch_size, offsets, seed)
         return {**rows.read(example_ids), "example_ids": example_ids, "epochs": epochs}
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps)

@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mlm_jax.data import atomic, encode, limit, pool, progress, shards, units
 from mlm_jax.data.corpus import (
     FORMAT,
     MANIFEST,
+    SOURCES,
     TOKENIZER,
     UNIGRAMS,
     Corpus,
@@ -46,16 +47,20 @@ BUCKETS_FOR_PARALLELISM = 16
 
 REMEMBERED_BYTES = 32 * 2**20  # of text: a source up to this size is read once, not twice
 
+_OF_EACH_SOURCE = ("source", "content_hash", "documents", "words", "tokens", "rows")  # in a mixture's manifest
 _READY = "manifest.ready"  # the manifest's name from the moment that all else is in place until the clean-up is done
 
 
-def prepare(cfg: Config, out: str | os.PathLike[str], workers: int | None = None) -> Corpus:
+def prepare(
+    cfg: Config, out: str | os.PathLike[str], workers: int | None = None, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Makes the corpus of a configuration, or continues making it, or opens it when it is whole.
 
     Args:
         cfg: its data and tokenizer sections and its stages' row lengths decide the content.
         out: a local directory that is new, empty, or was used for the same configuration before.
         workers: processes that tokenise and pack; as many as there are cores when None.
+        tokenizer: what the configuration's tokenizer section has led to, where that is known already.
 
     Raises:
         UserError: an unusable source, too little text, a directory that is taken, in use, or of another configuration.
@@ -77,7 +82,8 @@ def prepare(cfg: Config, out: str | os.PathLike[str], workers: int | None = None
             if read_manifest(directory) is None:  # else it was finished while this process came to the lock
                 building = _begin(directory, identity(cfg))
                 if not (directory / _READY).exists():
-                    _build(cfg, directory, building, workers or pool.available_cores())
+                    build = _build_mixture if cfg.data.sources else _build
+                    build(cfg, directory, building, workers or pool.available_cores(), tokenizer)
                 with atomic.telling_faults(directory):
                     shutil.rmtree(building)
                     os.replace(directory / _READY, directory / MANIFEST)
@@ -114,13 +120,26 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
     return building
 
 
-def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers: int) -> None:
+def _build(
+    cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers: int, given: Tokenizer | None = None
+) -> None:
     """All the work: everything is in place and the manifest is ready when this returns."""
     source = encode.remembering(open_source(cfg.data.source), REMEMBERED_BYTES)
     _log.info("preparing %s from %s with %d worker(s)", directory, source.description, workers)
     if cfg.data.max_words:
         source = _limited(cfg, source, building)
-    tokenizer, expected = _make_tokenizer(cfg, source, directory / TOKENIZER, building)
+    totals_path = building / "totals.json"
+
+    def draw() -> list[bytes]:
+        texts, totals = encode.sample(source, _sample_bytes(cfg), _held_out_below(cfg))
+        if not texts:
+            raise _too_few_documents(cfg)
+        with atomic.replacing(totals_path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(totals)))
+        return texts
+
+    tokenizer = _make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
+    expected = encode.Totals(**json.loads(totals_path.read_bytes())) if totals_path.exists() else None
     check_vocabulary(tokenizer, cfg)
     row_format = shards.RowFormat(
         seq_lens=tuple(identity(cfg)["seq_lens"]),
@@ -165,30 +184,69 @@ def _limited(cfg: Config, source: Source, building: pathlib.Path) -> Source:
     return limit.limited(source, path.read_text())
 
 
+def _build_mixture(
+    cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers: int, given: Tokenizer | None = None
+) -> None:
+    """A tokenizer from a sample of all sources, then a corpus of each source with it, each in its own folder."""
+    sources = {source.name: dataclasses.replace(cfg.data, source=source.uri, sources=()) for source in cfg.data.sources}
+
+    def draw() -> list[bytes]:
+        opened = [open_source(data.source) for data in sources.values()]
+        texts = encode.balanced_sample(opened, _sample_bytes(cfg), _held_out_below(cfg), cfg.tokenizer.sample_alpha)
+        for data, drawn in zip(sources.values(), texts, strict=True):
+            if not drawn:
+                raise _too_few_documents(dataclasses.replace(cfg, data=data))
+        return [text for drawn in texts for text in drawn]
+
+    tokenizer = _make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
+    check_vocabulary(tokenizer, cfg)
+    with atomic.telling_faults(directory):
+        (directory / SOURCES).mkdir(exist_ok=True)
+    parts = {}
+    for name, data in sources.items():
+        _log.info("source %s of %s", name, ", ".join(sources))
+        parts[name] = prepare(dataclasses.replace(cfg, data=data), directory / SOURCES / name, workers, tokenizer)
+    with atomic.replacing(directory / UNIGRAMS, building) as temporary, open(temporary, "wb") as file:
+        np.save(file, sum(part.unigrams for part in parts.values()))
+    manifest = {
+        "format": FORMAT,
+        "identity": identity(cfg),
+        "sources": {name: {field: part.manifest[field] for field in _OF_EACH_SOURCE} for name, part in parts.items()},
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "unigrams": UNIGRAMS,
+    }
+    with atomic.replacing(directory / _READY, building) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _sample_bytes(cfg: Config) -> int:
+    return int(cfg.tokenizer.sample_megabytes * 1e6)
+
+
 def _held_out_below(cfg: Config) -> int:
     """Documents are held out whose hash begins with 64 bits below this."""
     return int(cfg.data.validation_fraction * 2**64)
 
 
 def _make_tokenizer(
-    cfg: Config, source: Source, directory: pathlib.Path, building: pathlib.Path
-) -> tuple[Tokenizer, encode.Totals | None]:
-    """Trains or copies the tokenizer, unless an earlier run has; with the totals of the pass that it took, if one."""
-    totals_path = building / "totals.json"
+    cfg: Config,
+    directory: pathlib.Path,
+    building: pathlib.Path,
+    draw: Callable[[], list[bytes]],
+    given: Tokenizer | None,
+) -> Tokenizer:
+    """Copies the tokenizer, or trains it on the texts that are drawn, unless an earlier run has."""
     if not directory.exists():
         partial = building / "tokenizer"
         shutil.rmtree(partial, ignore_errors=True)
-        if cfg.tokenizer.algorithm == "pretrained":
+        if given is not None:
+            given.save(partial)
+        elif cfg.tokenizer.algorithm == "pretrained":
             pretrained = load_tokenizer(cfg.tokenizer.path)
             check_vocabulary(pretrained, cfg)
             pretrained.save(partial)
         else:
-            sample_bytes = int(cfg.tokenizer.sample_megabytes * 1e6)
-            texts, totals = encode.sample(source, sample_bytes, _held_out_below(cfg))
-            if not texts:
-                raise _too_few_documents(cfg)
-            with atomic.replacing(totals_path) as temporary:
-                temporary.write_text(json.dumps(dataclasses.asdict(totals)))
+            texts = draw()
             stage = f"training the {cfg.tokenizer.algorithm} tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
             with progress.shown(stage), pool.started(1) as executor:
                 executor.submit(encode.train, cfg.tokenizer, texts, str(partial)).result()
@@ -196,8 +254,7 @@ def _make_tokenizer(
             for path in partial.iterdir():
                 atomic.flush(path)
             os.replace(partial, directory)
-    known = totals_path.exists()
-    return load_tokenizer(directory), encode.Totals(**json.loads(totals_path.read_bytes())) if known else None
+    return load_tokenizer(directory)
 
 
 def _plan(cfg: Config, found: Sequence[units.UnitSummary]) -> list[shards.Bucket]:

@@ -106,6 +106,11 @@ class Tokenizer:
                 starts[index] = self.model.after_space(index) or _is_punctuation(text) or _is_unspaced(text[:1])
         return starts
 
+    def byte_lengths(self) -> np.ndarray:
+        """The bytes of text that each id stands for, the space before a word too: int32 [vocab_size]; 0 for special ids."""
+        lengths = [self.model.num_bytes(index) for index in range(self.vocab_size)]
+        return np.where(self._is_special, 0, lengths).astype(np.int32)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the model file, so that `load_tokenizer(directory)` gives this tokenizer again."""
         folder = epath.Path(directory)

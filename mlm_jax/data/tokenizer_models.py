@@ -88,6 +88,14 @@ class SentencePieceModel:
         """The piece without its marks."""
         return self.pieces[index].lstrip(SPACE)
 
+    def num_bytes(self, index: int) -> int:
+        """The bytes of text that the piece stands for."""
+        return 1 if self._model.is_byte(index) else _marked_bytes(self.pieces[index])
+
+
+def _marked_bytes(piece: str) -> int:
+    return len(piece.replace(SPACE, " ").encode())
+
 
 def _load_sentencepiece(blob: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
@@ -188,6 +196,15 @@ class TokenizersModel:
         if self._marks_spaces:
             return self.pieces[index].lstrip(SPACE)
         return self._bytes(index).decode("utf-8", errors="ignore").strip()
+
+    def num_bytes(self, index: int) -> int:
+        """The bytes of text that the piece stands for; WordPiece's begin with a space where they begin a word."""
+        if self._continuation is not None:
+            return len(self.text(index).encode()) + self.after_space(index)
+        if self._marks_spaces:
+            piece = self.pieces[index]
+            return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else _marked_bytes(piece)
+        return len(self._bytes(index))
 
     def _bytes(self, index: int) -> bytes:
         return bytes(_BYTE_OF_CHAR[char] for char in self.pieces[index] if char in _BYTE_OF_CHAR)

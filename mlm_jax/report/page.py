@@ -18,8 +18,8 @@ def page(runs: Sequence[Run], lead: str = "") -> str:
     """The whole HTML document; `lead` is HTML that comes before all sections."""
     style = importlib.resources.files("mlm_jax.report").joinpath("page.css").read_text(encoding="utf-8")
     title = " · ".join(run.label for run in runs)
-    sources = dict.fromkeys(run.cfg.data.source for run in runs)
-    sections = [lead, _headline(runs), _charts(runs), _probes(runs), _config(runs)]
+    sources = dict.fromkeys(_source_of(run) for run in runs)
+    sections = [lead, _headline(runs), _by_source(runs), _charts(runs), _probes(runs), _config(runs)]
     # The policy lets the page load nothing at all, from anywhere.
     return f"""<!doctype html>
 <html lang="en">
@@ -48,6 +48,36 @@ def _headline(runs: Sequence[Run]) -> str:
     notes = "".join(f'<p class="note">{note}</p>' for note in _notes(runs))
     table = f'<table class="headline"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return f'<h2>Result</h2><div class="card scroll">{table}</div>{notes}'
+
+
+def _source_of(run: Run) -> str:
+    data = run.cfg.data
+    return f"a mixture of {', '.join(source.name for source in data.sources)}" if data.sources else data.source
+
+
+def _by_source(runs: Sequence[Run]) -> str:
+    """Of mixtures, what the last evaluation measured of each source."""
+    rows = []
+    for index, run in enumerate(runs):
+        measured = run.evals[-1].get("sources", {}) if run.evals else {}
+        trained: Record = run.train[-1] if run.train else {}
+        for name, values in measured.items():
+            swatch = f'<span class="swatch" style="background:var(--run{index})"></span>'
+            cells = [
+                f'<td class="run">{swatch}{_text(name)}<small>{_text(run.label)}</small></td>',
+                _cell(values["loss"], "{:.3f}", "unigram {:.3f}", values["unigram_loss"]),
+                _cell(values["bits_per_byte"], "{:.3f}", "", None),
+                _cell(values["accuracy"], "{:.1%}", "unigram {:.1%}", values["unigram_accuracy"]),
+                _cell(trained.get("shares", {}).get(name), "{:.1%}", "", None),
+                _cell(trained.get("epochs", {}).get(name), "{:.2f}", "", None),
+            ]
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+    if not rows:
+        return ""
+    columns = ("", "held-out loss", "bits per byte", "accuracy", "share of tokens, at last", "epochs")
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    table = f'<table class="headline"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f'<h2>By source</h2><div class="card scroll">{table}</div>'
 
 
 def _headline_row(index: int, run: Run) -> str:
@@ -105,7 +135,7 @@ _CHARTS = (
 
 # What every training line has, whatever the objective; the rest are the objective's own losses and metrics.
 _COMMON = {"step", "kind", "loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "fill_rate"}
-_COMMON |= {"predicted", "skipped", "stage", "mfu"}
+_COMMON |= {"predicted", "skipped", "stage", "mfu", "shares", "epochs"}
 
 
 def _own_charts(runs: Sequence[Run]) -> list[tuple[str, str, str, None]]:

@@ -1,7 +1,9 @@
 """Evaluation: held-out loss, perplexity and accuracy under frozen masks, beside the unigram baseline of the same rows."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,14 +18,31 @@ from mlm_jax.objectives.rates import constant_rates
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS, place, row_ways
 
-EvalStep = Callable[[Params, Batch, VocabTables, jax.Array], dict[str, Term]]
+EvalStep = Callable[[Params, Batch, VocabTables, jax.Array, jax.Array], dict[str, Term]]
 
 # What every evaluation measures, whatever the objective.
-COMMON = ("loss", "accuracy", "unigram_loss", "unigram_accuracy", "perplexity", "tokens")
+COMMON = (
+    "loss",
+    "accuracy",
+    "unigram_loss",
+    "unigram_accuracy",
+    "perplexity",
+    "tokens",
+    "bits_per_byte",
+    "sources",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What a run is evaluated on, of one source: rows on the host, and the unigram model of that source's training text."""
+
+    rows: dict[str, np.ndarray]
+    log_unigram_V: jax.Array
 
 
 def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
-    """The jitted evaluation of one batch: (params, batch, vocab, log_unigram_V) -> sums.
+    """The jitted evaluation of one batch: (params, batch, vocab, log_unigram_V, bytes_V) -> sums.
 
     Loss and accuracy under frozen 80/10/10 masks of single tokens, beside a unigram model's at the same positions, so that
     any two objectives and rates can be compared; and what the objective measures besides.
@@ -31,13 +50,16 @@ def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
     frozen = MaskingConfig(rate=cfg.evaluation.mask_rate, static=True)
 
     @jax.jit
-    def eval_step(params: Params, batch: Batch, vocab: VocabTables, log_unigram_V: jax.Array) -> dict[str, Term]:
+    def eval_step(
+        params: Params, batch: Batch, vocab: VocabTables, log_unigram_V: jax.Array, bytes_V: jax.Array
+    ) -> dict[str, Term]:
         key = jax.random.key(cfg.evaluation.seed)
         masked = mask_batch(batch, key, vocab, frozen, constant_rates(frozen))
         logits_BPV = objective.logits(params, masked.inputs_BL, batch["segment_ids"], masked.positions_BP)
         nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
         weights_BP = masked.weights_BP
-        unigram_nll_BP = -log_unigram_V.at[masked.targets_BP].get(out_sharding=jax.typeof(weights_BP).sharding.spec)
+        look_up = functools.partial(_look_up, ids_BP=masked.targets_BP, like_BP=weights_BP)
+        unigram_nll_BP = -look_up(log_unigram_V)
         unigram_correct_BP = (masked.targets_BP == jnp.argmax(log_unigram_V)).astype(jnp.float32)
         measured_BP = {
             "loss": nll_BP,
@@ -47,6 +69,7 @@ def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
         }
         weight = weights_BP.sum()
         sums = {name: Term((values_BP * weights_BP).sum(), weight) for name, values_BP in measured_BP.items()}
+        sums["bits_per_byte"] = Term(sums["loss"].sum / math.log(2.0), (look_up(bytes_V) * weights_BP).sum())
         own = objective.evaluate(params, batch, Keys(key, None), vocab)
         assert not own.keys() & set(COMMON), f"an objective's own measures need names other than {COMMON}"
         return sums | own
@@ -54,28 +77,57 @@ def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
     return eval_step
 
 
+def _look_up(table_V: jax.Array, ids_BP: jax.Array, like_BP: jax.Array) -> jax.Array:
+    return table_V.at[ids_BP].get(out_sharding=jax.typeof(like_BP).sharding.spec)
+
+
 def evaluate(
-    eval_step: EvalStep,
-    params: Any,
-    rows: dict[str, np.ndarray],
-    vocab: VocabTables,
-    log_unigram_V: jax.Array,
-    batch_size: int,
+    eval_step: EvalStep, params: Any, held_out: HeldOut, vocab: VocabTables, bytes_V: jax.Array, batch_size: int
 ) -> dict[str, float]:
     """Means over all rows: loss and unigram_loss in nats a masked token, perplexity, the accuracies, and their token count.
 
-    What the objective measures besides follows under its own names.
+    `bits_per_byte` is the loss of the masked tokens for each byte of text that they stand for, so that runs of different
+    tokenizers can be compared. What the objective measures besides follows under its own names.
 
     Args:
-        rows: `tokens` and `segment_ids`, int32 [rows, L], on the host.
+        held_out: with `tokens` and `segment_ids`, int32 [rows, L].
+        bytes_V: the bytes that each token stands for.
         batch_size: rounded up to what the mesh's rows divide; a last short batch is filled with padding rows.
     """
+    return _means(_sums(eval_step, params, held_out, vocab, bytes_V, batch_size))
+
+
+def evaluate_sources(
+    eval_step: EvalStep,
+    params: Any,
+    held_out: Mapping[str, HeldOut],
+    vocab: VocabTables,
+    bytes_V: jax.Array,
+    batch_size: int,
+) -> dict[str, Any]:
+    """`evaluate` over all sources together, and under `sources` of each by its name; of the only one, named "", as it is.
+
+    A source's masks are those that it has alone.
+    """
+    sums = {name: _sums(eval_step, params, one, vocab, bytes_V, batch_size) for name, one in held_out.items()}
+    total = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), sums.values())
+    by_source = {name: _means(one) for name, one in sums.items() if name}
+    return _means(total) | ({"sources": by_source} if by_source else {})
+
+
+def _sums(
+    eval_step: EvalStep, params: Any, held_out: HeldOut, vocab: VocabTables, bytes_V: jax.Array, batch_size: int
+) -> dict[str, Term]:
     totals: dict[str, Term] | None = None
-    for batch in _batches(rows, batch_size):
-        sums = eval_step(params, batch, vocab, log_unigram_V)
+    for batch in _batches(held_out.rows, batch_size):
+        sums = eval_step(params, batch, vocab, held_out.log_unigram_V, bytes_V)
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     assert totals is not None, "an evaluation needs rows"
-    fetched = jax.device_get(totals)
+    fetched: dict[str, Term] = jax.device_get(totals)
+    return fetched
+
+
+def _means(fetched: dict[str, Term]) -> dict[str, float]:
     means = {name: float(term.sum) / max(float(term.weight), 1.0) for name, term in fetched.items()}
     # exp() of a diverged loss would overflow a float; 700 nats is beyond any vocabulary.
     means["perplexity"] = math.exp(min(means["loss"], 700.0))

@@ -2,13 +2,15 @@
 
 import collections
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus
-from mlm_jax.data.loader import Rows, batches
+from mlm_jax.data.loader import Examples, batches
+from mlm_jax.data.mixture import example_shares
 from mlm_jax.data.ngrams import encode_ngrams
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
@@ -32,37 +34,54 @@ def vocab_tables(cfg: Config, tokenizer: Tokenizer, ngrams: Sequence[str] = ()) 
 
 
 def check_epochs(cfg: Config, corpus: Corpus) -> float:
-    """How often a run passes over the training text, a part of a pass counted as that part.
+    """How often a run passes over the training text, a part of a pass counted as that part; of a mixture, the most of all.
 
     Raises:
         UserError: more often than `train.max_epochs`.
     """
-    rows = {stage.seq_len: corpus.manifest["rows"][str(stage.seq_len)]["train"]["rows"] for stage in cfg.stages}
-    epochs = sum(stage.steps * stage.batch_size / rows[stage.seq_len] for stage in cfg.stages)
-    most = cfg.train.max_epochs
-    if 0 < most < epochs:
+    parts = [*corpus.parts.values()] or [corpus]
+    epochs, rows = np.zeros(len(parts)), np.zeros(len(parts), int)
+    for stage in cfg.stages:
+        rows = np.array([part.manifest["rows"][str(stage.seq_len)]["train"]["rows"] for part in parts])
+        shares = example_shares(corpus, cfg, stage) if corpus.parts else 1.0
+        epochs += stage.steps * stage.batch_size * shares / rows
+    most, worst = cfg.train.max_epochs, int(epochs.argmax())
+    if 0 < most < epochs[worst]:
         raise UserError(
-            f"the stages pass {epochs:.2f} times over the {max(rows.values())} training rows of {corpus.path}, and "
-            f"train.max_epochs={most}: multiply stages[…].steps by {most / epochs:.3f}, or give more text"
+            f"the stages pass {epochs[worst]:.2f} times over the {rows[worst]} training rows of {parts[worst].path}, and "
+            f"train.max_epochs={most}: multiply stages[…].steps by {most / epochs[worst]:.3f}, or give more text"
         )
-    return float(epochs)
+    return float(epochs[worst])
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """The bytes of text that each id stands for, float32 [vocab_size]; 0 for special ids and beyond the tokenizer's."""
+    return np.pad(tokenizer.byte_lengths(), (0, vocab_size - tokenizer.vocab_size)).astype(np.float32)
 
 
 def device_batches(
-    corpus: Corpus, stage: StageConfig, mesh: jax.sharding.Mesh, *, seed: int, num_steps: int, seen: int
+    rows: Examples,
+    stage: StageConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    seen: Any,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches of a stage, two ahead of the step.
 
     Args:
         seed: of the run.
+        start_step: steps of the stage that are done.
         num_steps: batches to give.
-        seen: examples already visited at this row length.
+        seen: examples visited at this row length before the stage, as `rows` counts them.
     """
     mine = local_rows(mesh, stage.batch_size)
     host_batches = batches(
-        Rows(corpus.path, stage.seq_len, "train"),
+        rows,
         batch_size=stage.batch_size,
-        start_step=0,
+        start_step=start_step,
         num_steps=num_steps,
         first_position=seen,
         seed=seed,

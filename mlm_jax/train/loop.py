@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.data.corpus import Corpus, open_corpus
-from mlm_jax.data.loader import Rows
+from mlm_jax.data.loader import Examples, Rows
+from mlm_jax.data.mixture import training_rows
 from mlm_jax.data.ngrams import read_ngrams
 from mlm_jax.data.prepare import prepare
 from mlm_jax.distributed import Peers
@@ -28,10 +28,10 @@ from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, place
 from mlm_jax.train.begin import begin
 from mlm_jax.train.checkpoint import Checkpoints
-from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
-from mlm_jax.train.feed import check_epochs, device_batches, vocab_tables
+from mlm_jax.train.evaluate import COMMON, HeldOut, evaluate_sources, make_eval_step
+from mlm_jax.train.feed import check_epochs, device_batches, token_bytes, vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
-from mlm_jax.train.state import TrainState, init_state
+from mlm_jax.train.state import TrainState, init_state, share_of
 from mlm_jax.train.step import make_train_step
 from mlm_jax.train.writer import MetricWriter, Progress
 from mlm_jax.workdir import Workdir
@@ -91,7 +91,8 @@ def train(
         if peers.is_primary:
             stack.enter_context(workdir.lock())
         corpus = _open(cfg, workdir, data_dir or workdir.default_data, workers, peers)
-        logger.info("%d steps pass over the training text %.2f times", cfg.total_steps, check_epochs(cfg, corpus))
+        over = "a source at most" if corpus.parts else "the training text"
+        logger.info("%d steps pass over %s %.2f times", cfg.total_steps, over, check_epochs(cfg, corpus))
         stack.enter_context(jax.set_mesh(mesh))
         received = stack.enter_context(_signals())
         _Run(cfg, workdir, corpus, mesh, profile, received, peers).train()
@@ -102,7 +103,9 @@ def _open(cfg: Config, workdir: Workdir, data_dir: str | os.PathLike[str], worke
     if peers.is_primary:
         workdir.open_for_training(cfg)
         corpus = prepare(cfg, data_dir, workers)
-        workdir.write_language(corpus.tokenizer, corpus.unigrams)
+        workdir.write_language(
+            corpus.tokenizer, corpus.unigrams, {name: part.unigrams for name, part in corpus.parts.items()}
+        )
         if cfg.masking.ngrams:
             workdir.keep_ngrams(read_ngrams(cfg.masking.ngrams))
         peers.announce()
@@ -137,7 +140,10 @@ class _Run:
         self.compute = Compute.resolve(cfg.compute)
         self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
         self.vocab = vocab_tables(cfg, corpus.tokenizer, workdir.read_ngrams())
-        self.log_unigram_V = place(workdir.log_unigrams(cfg.model.vocab_size), jax.P())
+        self.log_unigrams = {
+            name: place(workdir.log_unigrams(cfg.model.vocab_size, name), jax.P()) for name in corpus.parts or ("",)
+        }
+        self.bytes_V = place(token_bytes(corpus.tokenizer, cfg.model.vocab_size), jax.P())
         self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
         self.objective = make_objective(cfg, self.compute, mask_id=corpus.tokenizer.mask_id)
         self.eval_step = make_eval_step(cfg, self.objective)
@@ -163,26 +169,33 @@ class _Run:
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
             Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary) as self.progress,
         ):
-            first, position = 0, collections.Counter[int]()
+            # Examples that the stages so far have seen at each row length; of a mixture, of each source.
+            seen: dict[int, Any] = collections.defaultdict(int)
             for index, stage in enumerate(self.cfg.stages):
-                last = first + stage.steps
+                rows = training_rows(self.corpus, self.cfg, stage)
+                last = self.cfg.first_step(index) + stage.steps
                 if step < last:
-                    # Examples already seen at this length, by this stage and by earlier ones on the same rows.
-                    seen = position[stage.seq_len] + (step - first) * stage.batch_size
-                    state = self._train_stage(index, stage, state, step, last, seen)
+                    state = self._train_stage(index, stage, rows, state, step, last, seen[stage.seq_len])
                     step = last
-                position[stage.seq_len] += stage.steps * stage.batch_size
-                first = last
+                seen[stage.seq_len] = seen[stage.seq_len] + rows.counts(stage.steps * stage.batch_size)
         self.checkpoints.close()
 
     def _train_stage(
-        self, index: int, stage: StageConfig, state: TrainState, first: int, last: int, seen: int
+        self, index: int, stage: StageConfig, rows: Examples, state: TrainState, first: int, last: int, seen: Any
     ) -> TrainState:
-        cfg = self.cfg
+        cfg, began = self.cfg, self.cfg.first_step(index)
         objective = make_objective(cfg, self.compute, index)
-        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=cfg.first_step(index))
+        train_step = make_train_step(
+            cfg, stage, objective, self.optimizer, self.schedule, first_step=began, sources=rows.ranges
+        )
         validation = self._freeze_validation(stage)
-        feed = device_batches(self.corpus, stage, self.mesh, seed=cfg.seed, num_steps=last - first, seen=seen)
+        feed = device_batches(
+            rows, stage, self.mesh, seed=cfg.seed, start_step=first - began, num_steps=last - first, seen=seen
+        )
+
+        def epochs(step: int) -> dict[str, float]:
+            return rows.epochs(seen + rows.counts((step - began) * stage.batch_size))
+
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
         pending: tuple[int, dict[str, Any]] | None = None
         self.last_time, self.last_step, self.paused_seconds = time.perf_counter(), first, 0.0
@@ -194,7 +207,7 @@ class _Run:
                 state, metrics = train_step(state, batch, self.vocab)
             self._trace(step, metrics)
             if pending is not None:
-                self._log(index, *pending)
+                self._log(index, *pending, epochs(pending[0]))
                 pending = None
             if step % cfg.train.log_every == 0 or step == last:
                 pending = (step, metrics)
@@ -205,7 +218,7 @@ class _Run:
                 continue
             # What a checkpoint's step has logged must be on disk before the checkpoint is.
             if pending is not None:
-                self._log(index, *pending)
+                self._log(index, *pending, epochs(pending[0]))
                 pending = None
             with self._pause():
                 self._refuse_nonfinite(step, jax.device_get(metrics["nonfinite"]))
@@ -219,7 +232,8 @@ class _Run:
         return state
 
     def _restore_or_init(self) -> tuple[TrainState, int]:
-        names = self.objective.loss_names + self.objective.metric_names
+        sources = tuple(share_of(name) for name in self.corpus.parts)
+        names = self.objective.loss_names + self.objective.metric_names + sources
         create = jax.jit(
             lambda: init_state(
                 self.objective.init(jax.random.key(self.cfg.seed)),
@@ -241,14 +255,19 @@ class _Run:
         sharding = jax.NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def _freeze_validation(self, stage: StageConfig) -> dict[str, np.ndarray]:
-        rows = Rows(self.corpus.path, stage.seq_len, "validation")
-        frozen = rows.read(range(min(len(rows), self.cfg.evaluation.max_rows)))
-        if self.is_primary:
-            self.workdir.write_validation(stage.seq_len, frozen)
+    def _freeze_validation(self, stage: StageConfig) -> dict[str, HeldOut]:
+        parts = self.corpus.parts or {"": self.corpus}
+        most = max(1, self.cfg.evaluation.max_rows // len(parts))
+        frozen = {}
+        for name, part in parts.items():
+            rows = Rows(part.path, stage.seq_len, "validation")
+            read = rows.read(range(min(len(rows), most)))
+            if self.is_primary:
+                self.workdir.write_validation(stage.seq_len, read, name)
+            frozen[name] = HeldOut(read, self.log_unigrams[name])
         return frozen
 
-    def _log(self, stage_index: int, step: int, metrics: dict[str, Any]) -> None:
+    def _log(self, stage_index: int, step: int, metrics: dict[str, Any], epochs: dict[str, float]) -> None:
         metrics = jax.device_get(metrics)
         interval = metrics["interval"]
         # Where every step was skipped there is no loss, which is not a loss of 0.
@@ -261,7 +280,7 @@ class _Run:
         losses = {name: means[name] for name in self.objective.loss_names}
         # A term that nothing was counted in adds nothing to the loss.
         counted = [mean for mean in losses.values() if not math.isnan(mean)]
-        values = {
+        values: dict[str, Any] = {
             "loss": sum(counted) if counted else math.nan,
             **(losses if len(losses) > 1 else {}),
             **{name: means[name] for name in self.objective.metric_names},
@@ -273,6 +292,8 @@ class _Run:
             "skipped": int(interval["skipped"].sum),
             "stage": stage_index,
         }
+        if epochs:
+            values |= {"shares": {name: means[share_of(name)] for name in epochs}, "epochs": epochs}
         per_token = self.objective.flops_per_token(means["segment_length"], means["predicted"])
         peak = flops.device_peak_flops(jax.devices()[0])
         if peak is not None:
@@ -289,17 +310,10 @@ class _Run:
                 "longer warm-up, optimizer.clip_norm=1.0, or compute.dtype=float32"
             )
 
-    def _evaluate(self, step: int, state: TrainState, validation: dict[str, np.ndarray]) -> None:
+    def _evaluate(self, step: int, state: TrainState, validation: dict[str, HeldOut]) -> None:
         params = state.params if state.ema is None else state.ema
-        values: dict[str, Any] = dict(
-            evaluate(
-                self.eval_step,
-                params,
-                validation,
-                self.vocab,
-                self.log_unigram_V,
-                self.cfg.evaluation.batch_size,
-            )
+        values = evaluate_sources(
+            self.eval_step, params, validation, self.vocab, self.bytes_V, self.cfg.evaluation.batch_size
         )
         logger.info(
             "step %d held-out: loss %.4f, accuracy %.4f (unigram: %.4f, %.4f)%s",
@@ -307,6 +321,9 @@ class _Run:
             *(values[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")),
             "".join(f", {name} {value:.4f}" for name, value in values.items() if name not in COMMON),
         )
+        for name, found in values.get("sources", {}).items():
+            shown = (found[key] for key in ("loss", "bits_per_byte", "accuracy", "unigram_loss", "unigram_accuracy"))
+            logger.info("  %s: loss %.4f, %.4f bits per byte, accuracy %.4f (unigram: %.4f, %.4f)", name, *shown)
         probes = self.cfg.evaluation.probes
         if probes:
             fills = self.filler(params, probes, top_k=5)

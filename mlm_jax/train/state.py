@@ -31,6 +31,11 @@ class TrainState:
 INTERVAL_METRICS = ("skipped", "tokens", "row_fill", "segment_length", "predicted")
 
 
+def share_of(source: str) -> str:
+    """What a source's share of a mixture's tokens is called in an interval."""
+    return f"share of {source}"
+
+
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, *, ema: bool, names: tuple[str, ...], zero: bool = False
 ) -> TrainState:
@@ -38,7 +43,7 @@ def init_state(
 
     Args:
         zero: divides parameters, and with them moments and average, over the data axis.
-        names: the objective's loss and metric names, to be averaged beside the loop's own.
+        names: the objective's loss and metric names and the sources' shares, to be averaged beside the loop's own.
     """
     params = divide(params) if zero else params
     # Each leaf is its own buffer: a donated state must not hold one array twice.

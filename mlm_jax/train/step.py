@@ -1,7 +1,7 @@
 """The train step: masking, forward, masked-only loss, backward and update, compiled as one XLA program."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import collect, ready
 from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
 from mlm_jax.sharding import ROWS
-from mlm_jax.train.state import TrainState
+from mlm_jax.train.state import TrainState, share_of
 
 StepMetrics = dict[str, Any]
 TrainStep = Callable[[TrainState, Batch, VocabTables], tuple[TrainState, StepMetrics]]
@@ -28,12 +28,14 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     first_step: int = 0,
+    sources: Mapping[str, tuple[int, int]] | None = None,
 ) -> TrainStep:
     """The jitted step of one stage: (state, batch, vocab) -> (state, device scalars). The state is donated.
 
     Args:
         batch: int32 `tokens` and `segment_ids` [B, L], `example_ids` and `epochs` [B], rows over slice × data × fsdp.
         first_step: the steps done before this stage; a log line's means never span two stages.
+        sources: of a mixture, the example ids, from … up to, of each source; its share of the tokens is measured.
     """
     uses_dropout = cfg.model.dropout > 0 or cfg.model.attention_dropout > 0
 
@@ -65,7 +67,7 @@ def make_train_step(
                 ema_rate = jnp.where(finite, 1.0 - cfg.optimizer.ema_decay, 0.0)
                 ema = jax.tree.map(lambda old, new: old + ema_rate * (new - old), ema, params)
         fresh = (state.step % cfg.train.log_every == 0) | (state.step == first_step)
-        interval = _add_to_interval(state.interval, fresh, sums, batch, finite)
+        interval = _add_to_interval(state.interval, fresh, sums, batch, finite, sources or {})
         nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
         metrics = {
             "interval": interval,
@@ -163,7 +165,12 @@ def _split_rows(array: jax.Array, count: int) -> jax.Array:
 
 
 def _add_to_interval(
-    interval: dict[str, Term], fresh: jax.Array, sums: LossSums, batch: Batch, finite: jax.Array
+    interval: dict[str, Term],
+    fresh: jax.Array,
+    sums: LossSums,
+    batch: Batch,
+    finite: jax.Array,
+    sources: Mapping[str, tuple[int, int]],
 ) -> dict[str, Term]:
     """This step's sums added to those since the last log line. A skipped step counts only as skipped."""
     segment_ids_BL = batch["segment_ids"]
@@ -181,4 +188,7 @@ def _add_to_interval(
         "segment_length": Term(squares, tokens),
         "predicted": Term(sums.predicted, tokens),
     }
+    ids_B1 = batch["example_ids"][:, None]
+    for name, (first, end) in sources.items():
+        current[share_of(name)] = Term((real_BL * ((ids_B1 >= first) & (ids_B1 < end))).sum(), tokens)
     return jax.tree.map(lambda old, new: jnp.where(fresh, new, old + new), interval, current)

@@ -28,6 +28,7 @@ from mlm_jax.config import Config, to_dict
 from mlm_jax.errors import MachineError, UserError
 from mlm_jax.workdir import write_atomically
 
+_SHOWN_SOURCES = 8  # of a mixture, on a line of the log; metrics.jsonl has the shares of any number
 METRICS_FILE = "metrics.jsonl"
 
 log = logging.getLogger(__name__)
@@ -247,9 +248,17 @@ def _plain(value: Any) -> Any:
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    for name, value in record.items():
-        if name != "step" and isinstance(value, (int, float)):
-            yield f"{record['kind']}/{name}", value
+    values = {name: value for name, value in record.items() if name != "step"}
+    yield from _named(record["kind"], values)
+
+
+def _named(path: str, values: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
+    """Numbers by their path, as train/loss or, of a mixture's sources, eval/sources/de/loss."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _named(f"{path}/{name}", value)
+        elif isinstance(value, (int, float)):
+            yield f"{path}/{name}", value
 
 
 def _probe_text(probe: Mapping[str, Any]) -> str:
@@ -332,4 +341,7 @@ def _describe(values: Mapping[str, Any], metrics: Sequence[str]) -> Iterable[str
     }
     # A share of nothing is left out: the precision of a discriminator that has flagged no token.
     counted = {name for name in forms if values.get(name) is not None and not (name in metrics and math.isnan(values[name]))}
-    return [form.format(values[name]) for name, form in forms.items() if name in counted]
+    yield from (form.format(values[name]) for name, form in forms.items() if name in counted)
+    shares = values.get("shares", {})
+    if 0 < len(shares) <= _SHOWN_SOURCES:
+        yield " ".join(f"{name} {share:.0%}" for name, share in shares.items())
