@@ -11,6 +11,7 @@ import numpy as np
 
 from mlm_jax.config import Config, ShardingConfig
 from mlm_jax.data.packing import pack
+from mlm_jax.data.pairs import encode, mark_parts
 from mlm_jax.data.sources import open_source
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
@@ -65,7 +66,7 @@ def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray
     tokenizer, limit = run.tokenizer, run.cfg.evaluation.max_rows
     documents, total = [], 0
     for text in open_source(uri).documents():
-        ids = tokenizer.encode(text)
+        ids = encode(tokenizer, text)
         if len(ids):
             documents.append(ids)
             total += len(ids) + 2
@@ -88,4 +89,4 @@ def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray
             rows["tokens"][row, place:end] = [tokenizer.cls_id, *ids, tokenizer.sep_id]
             rows["segment_ids"][row, place:end] = segment
             place = end
-    return rows
+    return rows | {"segment_ids": mark_parts(**rows)}

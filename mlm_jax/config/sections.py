@@ -19,7 +19,7 @@ class DataConfig:
     A mixture draws its training tokens from a source in proportion to weight · tokens^alpha.
     """
 
-    source: str = "builtin:python_docs"  # URI: builtin:, files:, tfds:, hf:
+    source: str = "builtin:python_docs"  # URI: builtin:, files:, pairs:, tfds:, hf:
     sources: tuple[SourceConfig, ...] = ()  # in the place of `source`: several, each with its own held-out split
     alpha: float = 0.0  # 0: weights are shares; XLM-R: 0.3; 1: every source as often as its weight says, as epochs
     validation_fraction: float = 0.01  # share of documents held out, chosen by the hash of their text

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from mlm_jax.config import TokenizerConfig
-from mlm_jax.data import atomic, pool, progress, units
+from mlm_jax.data import atomic, pairs, pool, progress, units
 from mlm_jax.data.sources import Source
 from mlm_jax.data.tokenizer import train_tokenizer
 from mlm_jax.errors import UserError
@@ -125,7 +125,7 @@ def balanced_sample(sources: Sequence[Source], sample_bytes: int, held_out_below
 
 def train(cfg: TokenizerConfig, texts: Sequence[bytes], directory: str) -> None:
     """Trains a tokenizer and saves it. Runs in a worker process, which gives its memory back and can be stopped."""
-    train_tokenizer(cfg, (text.decode() for text in texts)).save(directory)
+    train_tokenizer(cfg, (text.decode().replace(pairs.MARK, "\n") for text in texts)).save(directory)
 
 
 def encode(

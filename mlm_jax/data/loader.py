@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mlm_jax.data.corpus import rows_directory
+from mlm_jax.data.pairs import mark_parts
 from mlm_jax.errors import MachineError, UserError
 
 # Threads read and decode whole steps ahead of the loop. Decoding shares one interpreter, so threads beyond a few help
@@ -57,7 +58,7 @@ class Rows:
 
         Returns:
             tokens int32 [n, seq_len], padded with the tokenizer's padding id; segment_ids int32 [n, seq_len], 1, 2, …
-            for the segments of a row in order and 0 for padding.
+            for the segments of a row in order and 0 for padding; of pairs, with their parts (see `mlm_jax.segments`).
 
         Raises:
             MachineError: a file of the dataset is missing or damaged.
@@ -70,7 +71,7 @@ class Rows:
         except (RuntimeError, OSError) as error:
             raise MachineError(f"{self._directory} cannot be read: {error}; prepare the corpus again") from error
         tokens, lengths = (self._stacked(rows, name) for name in ("tokens", "segment_lengths"))
-        return {"tokens": tokens, "segment_ids": _segment_ids(lengths, self.seq_len)}
+        return {"tokens": tokens, "segment_ids": mark_parts(tokens, _segment_ids(lengths, self.seq_len))}
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from mlm_jax.data import text_files
+from mlm_jax.data import pairs, text_files
 from mlm_jax.errors import MachineError, UserError
 
 _TFDS_ROWS = 256  # read together
@@ -50,7 +50,8 @@ def open_source(uri: str) -> Source:
     Args:
         uri: `builtin:python_docs`; `files:GLOB?field=text&documents=file|blank_line|line`;
             `tfds:NAME/CONFIG:VERSION#SPLIT?field=text&data_dir=…`;
-            `hf:NAME#SPLIT?field=text&config=…&revision=…`.
+            `hf:NAME#SPLIT?field=text&config=…&revision=…`; `pairs:GLOB?columns=1,2` (tab-separated) or
+            `pairs:GLOB?with=GLOB` (two files, line by line).
 
     Raises:
         UserError: an unknown scheme or option, a glob that matches nothing, a missing field, no text at all.
@@ -122,12 +123,17 @@ def _docstrings(path: str) -> Iterator[str]:
             yield text
 
 
-def _open_files(uri: str, body: str) -> Source:
-    pattern, options = _split_options(uri, body, ("field", "documents"))
+def _matched(uri: str, pattern: str) -> tuple[str, ...]:
     paths = tuple(text_files.expand(pattern))
     if not paths:
         where = "" if os.path.isabs(pattern) or "://" in pattern else f" (looked from {os.getcwd()})"
         raise UserError(f"{uri}: no file matches {pattern}{where}")
+    return paths
+
+
+def _open_files(uri: str, body: str) -> Source:
+    pattern, options = _split_options(uri, body, ("field", "documents"))
+    paths = _matched(uri, pattern)
     kinds = {text_files.kind(path) for path in paths}
     for path in paths:
         if text_files.kind(path) not in text_files.READERS:
@@ -205,9 +211,31 @@ def _hf_documents(uri: str, name: str, split: str, field: str, options: Mapping[
     yield from _records_text(iter(rows), field, uri)
 
 
+def _open_pairs(uri: str, body: str) -> Source:
+    pattern, options = _split_options(uri, body, ("columns", "with"))
+    paths = _matched(uri, pattern)
+    if "with" in options and "columns" in options:
+        raise UserError(f"{uri}: columns= are of one file, and with= names a second one: leave one of them out")
+    if "with" in options:
+        others = _matched(uri, options["with"])
+        if len(others) != len(paths):
+            raise UserError(f"{uri}: {pattern} matches {len(paths)} file(s), and with={options['with']} {len(others)}")
+        documents = functools.partial(pairs.read_aligned, paths, others)
+        paths += others
+    else:
+        columns = options.get("columns", "1,2")
+        chosen = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", columns)
+        if not chosen or chosen[1] == chosen[2]:
+            raise UserError(f"{uri}: columns={columns} are not two different numbers from 1 on, as in ?columns=1,2")
+        documents = functools.partial(pairs.read_columns, paths, (int(chosen[1]), int(chosen[2])))
+    size = sum(text_files.uncompressed_bytes(path) for path in paths)
+    return Source(uri, documents, size, f"pairs from {len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
+
+
 _SCHEMES: dict[str, Callable[[str, str], Source]] = {
     "builtin": _open_builtin,
     "files": _open_files,
     "tfds": _open_tfds,
     "hf": _open_hf,
+    "pairs": _open_pairs,
 }

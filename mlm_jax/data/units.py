@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlm_jax.data import atomic
+from mlm_jax.data import atomic, pairs
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_jax.data.words import count_words
 from mlm_jax.errors import MachineError
@@ -79,7 +79,7 @@ def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory:
     tokenizer = _tokenizer(tokenizer_directory)
     hashes = np.frombuffer(b"".join(document_hash(text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2)
     decoded = [text.decode() for text in texts]
-    ids = [tokenizer.encode(text) for text in decoded]
+    ids = [pairs.encode(tokenizer, text) for text in decoded]
     lengths = np.array([len(one) for one in ids], np.int64)
     words = np.array([count_words(text) for text in decoded], np.int64)
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))

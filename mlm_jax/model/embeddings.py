@@ -10,7 +10,7 @@ from mlm_jax.sharding import SHARDING, gather
 
 
 def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
-    """Positions that restart at 0 in every packed segment: int32 [B, L]."""
+    """Positions that restart at 0 wherever the id changes, in every part of a packed segment: int32 [B, L]."""
     length = segment_ids_BL.shape[1]
     index_1L = jnp.arange(length, dtype=jnp.int32)[None]
     previous_BL = jnp.pad(segment_ids_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

@@ -12,6 +12,7 @@ from mlm_jax.config import ComputeConfig, ModelConfig
 from mlm_jax.model.attention import KERNEL_RESULTS, Attention, choose_implementation
 from mlm_jax.model.embeddings import Embeddings, segment_positions
 from mlm_jax.model.layers import ACTIVATIONS, DENSE_RESULTS, LayerNorm, add_bias, dense, dropout, parameter, weight_init
+from mlm_jax.segments import attended
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 
 
@@ -115,7 +116,8 @@ class Encoder(nnx.Module):
 
         Args:
             tokens_BL: int32 token ids.
-            segment_ids_BL: int32; equal ids attend to each other and count positions from 0; 0 is padding.
+            segment_ids_BL: int32, as `mlm_jax.segments` says: what is of one segment attends to each other, and each of its
+                parts counts positions from 0; 0 is padding.
             key: dropout key; None evaluates without dropout.
             token_types_BL: int32, or None for type 0 throughout.
             causal_B: bool, the rows in which no token sees a later one; None for no row.
@@ -148,7 +150,7 @@ class Encoder(nnx.Module):
         def apply(hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
             block, layer_key = layer
             block = gather(block, ("fsdp",))
-            return block(hidden_BLD, segment_ids_BL, layer_key, implementation, causal_B), None
+            return block(hidden_BLD, attended(segment_ids_BL), layer_key, implementation, causal_B), None
 
         # Within a scan nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.
         apply = _rematerialise(apply, compute.remat, prevent_cse=not compute.scan_layers)

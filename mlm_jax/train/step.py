@@ -13,6 +13,7 @@ from mlm_jax.masking import VocabTables
 from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import collect, ready
 from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
+from mlm_jax.segments import attended
 from mlm_jax.sharding import ROWS
 from mlm_jax.train.state import TrainState, share_of
 
@@ -177,7 +178,7 @@ def _add_to_interval(
     real_BL = (segment_ids_BL > 0).astype(jnp.float32)
     tokens = real_BL.sum()
     # A segment of s tokens has positions 0 … s-1, and the sum of 2p+1 over them is s².
-    squares = ((2 * segment_positions(segment_ids_BL) + 1) * real_BL).sum()
+    squares = ((2 * segment_positions(attended(segment_ids_BL)) + 1) * real_BL).sum()
     one = jnp.ones(())
     current = sums.losses | sums.metrics
     current = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), current)
