@@ -223,6 +223,31 @@ def test_parquet_whose_text_is_not_utf8(folder):
         _documents("files:x.parquet")
 
 
+def test_a_column_of_a_table_by_its_name_or_number(folder):
+    (folder / "x.csv").write_text('name,smiles\n"a, b",CCO\n"two\nlines", C=C \n,\n')
+    (folder / "y.tsv.gz").write_bytes(gzip.compress(b'eins\t"one"\r\nzwei\ttwo\r\n'))
+    assert _documents("files:x.csv?field=smiles") == ["CCO", "C=C"]
+    assert _documents("files:x.csv?field=name") == ["a, b", "two\nlines"]
+    assert _documents("files:y.tsv.gz?field=2") == ['"one"', "two"]
+
+
+def test_a_fasta_record_is_a_document_without_its_header_and_line_ends(folder):
+    (folder / "x.fasta").write_text(">sp|A|ONE first\nMAS\nVS*\n\n>empty\n>B\nGT R\n")
+    assert _documents("files:x.fasta") == ["MASVS*", "GTR"]
+
+
+def test_a_line_of_a_smi_file_is_a_molecule_and_perhaps_its_name(folder):
+    (folder / "x.smi").write_text("CCO ethanol\nC[C@H](N)C(=O)O\tL-alanine\n\nC\n")
+    assert _documents("files:x.smi") == ["CCO", "C[C@H](N)C(=O)O", "C"]
+
+
+def test_files_of_other_names_are_read_as_what_they_are_said_to_be(folder):
+    (folder / "a.py").write_text("def f():\n    return 1\n")
+    (folder / "b.fa").write_text(">x\nMAS\n")
+    assert _documents("files:*.py?format=txt") == ["def f():\n    return 1\n"]
+    assert _documents("files:b.fa?format=fasta") == ["MAS"]
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
@@ -230,10 +255,14 @@ def test_parquet_whose_text_is_not_utf8(folder):
         ("files:*.md", r"x\.md is none of \.txt, \.jsonl, \.parquet"),
         ("files:x.txt?documents=page", "documents=page is none of file, blank_line, line"),
         ("files:x.txt?document=line", r"no option 'document' here.*did you mean 'documents'\?"),
-        ("files:x.txt?field=text", "field= is for .jsonl and .parquet files"),
+        ("files:x.txt?field=text", "field= is for .jsonl, .parquet, .csv, .tsv files"),
         ("files:x.jsonl?documents=line", "documents= is for .txt files"),
         ("files:empty.txt", r"no text in 1 file \(empty\.txt\)"),
-        ("x.txt", r"begins with none of builtin:, files:, tfds:, hf:; for files write 'files:x\.txt'"),
+        ("files:x.md?format=text", "format=text is none of txt, jsonl, parquet, csv, tsv, fasta, smi"),
+        ("files:x.csv?field=b", r"x\.csv: no column 'b'; there are 'a' "),
+        ("files:x.csv?field=2", r"x\.csv, record 1: 1 column\(s\), and field=2 is number 2"),
+        ("files:x.txt?format=fasta", r"x\.txt, line 1: a sequence before the first '>' line"),
+        ("x.txt", r"begins with none of builtin:, files:, tfds:, hf:, pairs:; for files write 'files:x\.txt'"),
         ("file:x.txt", "begins with none of builtin:, files:, tfds:, hf:"),
         ("", "begins with none of"),
         ("files:ftp://host/*.txt", "no ftp:// here; there are local paths, gs://"),
@@ -245,6 +274,7 @@ def test_parquet_whose_text_is_not_utf8(folder):
 def test_a_uri_that_cannot_be_meant(folder, uri, message):
     (folder / "x.txt").write_text("text")
     (folder / "x.md").write_text("text")
+    (folder / "x.csv").write_text("a\n1\n")
     (folder / "x.jsonl").write_bytes(_jsonl({"text": "a"}))
     (folder / "empty.txt").write_text("\n \n")
     with pytest.raises(UserError, match=message):

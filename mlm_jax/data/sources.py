@@ -16,7 +16,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from mlm_jax.data import pairs, text_files
+from mlm_jax.data import files, pairs, text_files
 from mlm_jax.errors import MachineError, UserError
 
 _TFDS_ROWS = 256  # read together
@@ -48,7 +48,7 @@ def open_source(uri: str) -> Source:
     """Opens a source and reads its first document, so that most mistakes show before any work is done.
 
     Args:
-        uri: `builtin:python_docs`; `files:GLOB?field=text&documents=file|blank_line|line`;
+        uri: `builtin:python_docs`; `files:GLOB?field=text&documents=file|blank_line|line&format=txt`;
             `tfds:NAME/CONFIG:VERSION#SPLIT?field=text&data_dir=…`;
             `hf:NAME#SPLIT?field=text&config=…&revision=…`; `pairs:GLOB?columns=1,2` (tab-separated) or
             `pairs:GLOB?with=GLOB` (two files, line by line).
@@ -132,23 +132,28 @@ def _matched(uri: str, pattern: str) -> tuple[str, ...]:
 
 
 def _open_files(uri: str, body: str) -> Source:
-    pattern, options = _split_options(uri, body, ("field", "documents"))
+    pattern, options = _split_options(uri, body, ("field", "documents", "format"))
     paths = _matched(uri, pattern)
-    kinds = {text_files.kind(path) for path in paths}
+    form = options.get("format", "")
+    known = ", ".join(files.READERS)
+    if form and f".{form}" not in files.READERS:
+        raise UserError(f"{uri}: format={form} is none of {known.replace('.', '')}")
+    kinds = {files.kind_of(path, form) for path in paths}
     for path in paths:
-        if text_files.kind(path) not in text_files.READERS:
-            known = ", ".join(text_files.READERS)
-            raise UserError(f"{uri}: {path} is none of {known} (each also .gz); narrow the glob or rename the file")
+        if files.kind_of(path, form) not in files.READERS:
+            raise UserError(
+                f"{uri}: {path} is none of {known} (each also .gz); narrow the glob, or say what it is, as in ?format=txt"
+            )
     if "documents" in options and ".txt" not in kinds:
         raise UserError(f"{uri}: documents= is for .txt files, and none matches; elsewhere a record is a document")
-    if "field" in options and kinds == {".txt"}:
-        raise UserError(f"{uri}: field= is for .jsonl and .parquet files, and none matches")
+    if "field" in options and not kinds & {*files.WITH_FIELD}:
+        raise UserError(f"{uri}: field= is for {', '.join(files.WITH_FIELD)} files, and none matches")
     # A .txt file is mostly one work (a book, an article). To cut it at blank lines would hide its paragraphs from each
     # other in training, and nothing would show it, while a file too large for one document ends in a message.
     rule = options.get("documents", "file")
     if rule not in text_files.DOCUMENT_RULES:
         raise UserError(f"{uri}: documents={rule} is none of {', '.join(text_files.DOCUMENT_RULES)}")
-    documents = functools.partial(text_files.read_documents, paths, options.get("field", "text"), rule)
+    documents = functools.partial(files.read_documents, paths, options.get("field", "text"), rule, form)
     size = sum(text_files.uncompressed_bytes(path) for path in paths)
     return Source(uri, documents, size, f"{len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
 

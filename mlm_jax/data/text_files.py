@@ -1,6 +1,6 @@
 """Documents out of .txt, .jsonl and .parquet files, plain or gzipped, in bounded memory; errors name the line.
 
-The readers behind the `files:` source of `data/sources.py`.
+Readers behind the `files:` source of `data/sources.py`, which `data/files.py` chooses.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import glob
 import gzip
 import itertools
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -20,8 +19,6 @@ from typing import Any, BinaryIO, cast
 from etils import epath
 
 from mlm_jax.errors import MachineError, UserError
-
-_log = logging.getLogger(__name__)
 
 # One document is held in memory whole, here and while it is tokenised, so its size bounds the memory of `prepare`.
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -59,28 +56,6 @@ def uncompressed_bytes(path: str) -> int:
             return stored
         file.seek(-4, os.SEEK_END)
         return max(stored, int.from_bytes(file.read(4), "little"))
-
-
-def read_documents(paths: tuple[str, ...], field: str, rule: str) -> Iterator[str]:
-    """The documents of all files in turn, blank ones left out.
-
-    Args:
-        paths: each of a kind in `READERS`.
-        field: the text's key in .jsonl records, its column in .parquet files.
-        rule: what a document is in a .txt file, one of `DOCUMENT_RULES`.
-
-    Raises:
-        UserError: content that is no UTF-8 text or has no such field, with file and line.
-        MachineError: a file that is damaged or cannot be read.
-    """
-    for path in paths:
-        count = 0
-        for text in READERS[kind(path)](path, field, rule):
-            if text and not text.isspace():
-                count += 1
-                yield text
-        if not count:
-            _log.warning("%s holds no text", path)
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
@@ -180,11 +155,13 @@ DOCUMENT_RULES: dict[str, Callable[[str], Iterator[str]]] = {
 }
 
 
-def _txt(path: str, field: str, rule: str) -> Iterator[str]:
+def read_txt(path: str, rule: str) -> Iterator[str]:
+    """The documents of a text file by one of `DOCUMENT_RULES`."""
     return DOCUMENT_RULES[rule](path)
 
 
-def _jsonl(path: str, field: str, rule: str) -> Iterator[str]:
+def read_jsonl(path: str, field: str) -> Iterator[str]:
+    """A field of a file of JSON objects, one a line."""
     for number, line in lines(path):
         if not line or line.isspace():
             continue
@@ -204,7 +181,8 @@ def _jsonl(path: str, field: str, rule: str) -> Iterator[str]:
         yield text
 
 
-def _parquet(path: str, field: str, rule: str) -> Iterator[str]:
+def read_parquet(path: str, field: str) -> Iterator[str]:
+    """A column of a Parquet file."""
     import pyarrow  # a fifth of a second that other sources need not pay
     import pyarrow.parquet
 
@@ -227,6 +205,3 @@ def _parquet(path: str, field: str, rule: str) -> Iterator[str]:
             raise UserError(f"{path}, after row {row}: {error}; a source must be UTF-8 text") from None
         except pyarrow.ArrowException as error:
             raise MachineError(f"{path} is damaged or not Parquet: {error}") from error
-
-
-READERS: dict[str, Callable[[str, str, str], Iterator[str]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
