@@ -1,8 +1,9 @@
 """A multilingual bert_mini: four languages in one model, mixed as XLM-R mixes its hundred, for two CPU cores.
 
-Command, with the text in corpus/:
+Command:
     mlm-jax train --config configs/multilingual_mini.py --workdir runs/multilingual
 `--config.data.sources[3].uri='files:…'` names another place; `--config.data.alpha=1` takes the languages as they come.
+It looks for its text in corpus/.
 Expected: 7,567,616 parameters, 2,048 tokens a step.
 Reference topology: one machine with 2 CPU cores.
 

