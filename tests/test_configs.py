@@ -59,6 +59,9 @@ SIZES = {
     "compare_mini:rtd": (5_695_553, [2_048]),
     "xlmr_base": (278_294_418, [4_194_304]),
     "xlmr_large": (560_141_458, [4_194_304]),
+    "chem_mini": (3_427_272, [4_096]),
+    "protein_mini": (7_676_193, [4_096]),
+    "code_mini": (5_462_272, [2_048]),
     "multilingual_mini": (7_567_616, [2_048]),
     "tlm_mini:tlm": (7_567_616, [2_048]),
     "tlm_mini:mlm": (7_567_616, [2_048]),
@@ -86,7 +89,9 @@ RATES = {
     "babylm_mini": {150: 5e-4, 300: 1e-3, 3_150: 5e-4, 6_000: 0.0},
     "xlmr_base": {12_000: 3e-4, 24_000: 6e-4, 762_000: 3e-4, 1_500_000: 0.0},
     "xlmr_large": {15_000: 2e-4, 30_000: 4e-4, 765_000: 2e-4, 1_500_000: 0.0},
-    **{name: {75: 5e-4, 150: 1e-3, 1_575: 5e-4, 3_000: 0.0} for name in ("multilingual_mini", *names_of("tlm_mini"))},
+    **{name: {75: 5e-4, 150: 1e-3, 1_575: 5e-4, 3_000: 0.0} for name in ("multilingual_mini", "chem_mini", "code_mini")},
+    **{name: {75: 5e-4, 150: 1e-3, 1_575: 5e-4, 3_000: 0.0} for name in names_of("tlm_mini")},
+    "protein_mini": {50: 5e-4, 100: 1e-3, 1_050: 5.5e-4, 2_000: 1e-4},
     "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 

@@ -159,6 +159,11 @@ def _check_model(cfg: Config) -> None:
         "tokenizer.algorithm='pretrained' needs tokenizer.path",
     )
     _require(
+        (tokenizer.algorithm == "regex") == bool(tokenizer.pattern),
+        f"tokenizer.algorithm={tokenizer.algorithm!r} with tokenizer.pattern={tokenizer.pattern!r}: "
+        "'regex' needs the pattern of a token, and no other algorithm uses one",
+    )
+    _require(
         tokenizer.algorithm == "pretrained" or tokenizer.vocab_size <= model.vocab_size,
         f"tokenizer.vocab_size={tokenizer.vocab_size} exceeds model.vocab_size={model.vocab_size}: "
         "raise the model's or lower the tokenizer's",
@@ -283,7 +288,7 @@ def _check_hybrid(cfg: Config) -> None:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("mlm", "span", "rtd", "diffusion", "hybrid"),
-    "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
+    "tokenizer.algorithm": ("unigram", "bpe", "characters", "regex", "code", "pretrained"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),
     "masking.random_from": ("regular", "vocab"),

@@ -30,12 +30,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Trained by `prepare` (unigram, bpe), or an existing model file (pretrained)."""
+    """Trained by `prepare`, or an existing model file (pretrained)."""
 
-    algorithm: str = "unigram"  # unigram | bpe | pretrained
+    algorithm: str = "unigram"  # unigram | bpe (SentencePiece's) | characters | regex | code | pretrained
+    pattern: str = ""  # for regex: a token is what it matches, as the expression for SMILES in configs/chem_mini.py
     path: str = ""  # for pretrained: a SentencePiece .model or a tokenizer.json
-    vocab_size: int = 8192  # for unigram and bpe; a pretrained tokenizer brings its own
-    character_coverage: float = 0.9995
+    vocab_size: int = 8192  # at most so many for characters and regex; a pretrained tokenizer brings its own
+    character_coverage: float = 0.9995  # of unigram and bpe, as the next
     byte_fallback: bool = True
     lowercase: bool = False
     sample_megabytes: float = 10.0  # text that the tokenizer is trained on, sampled over the whole source

@@ -16,6 +16,7 @@ import sentencepiece
 from etils import epath
 
 from mlm_jax.config import TokenizerConfig
+from mlm_jax.data.domain_tokenizers import train_domain_tokenizer
 from mlm_jax.data.tokenizer_models import SPECIAL_NAMES, SentencePieceModel, TokenizersModel
 from mlm_jax.errors import MachineError, UserError
 
@@ -135,7 +136,7 @@ class Tokenizer:
 def load_tokenizer(directory_or_file: str | os.PathLike[str]) -> Tokenizer:
     """Loads what `Tokenizer.save` wrote, any SentencePiece .model, or a tokenizer.json of a kind that it knows.
 
-    Those are WordPiece, byte-level BPE, and what a SentencePiece model becomes there.
+    Those are WordPiece, byte-level BPE, what a SentencePiece model becomes there, and our own of characters and patterns.
 
     A SentencePiece model without a pad, class, separator or mask piece gets one after its last (T5's, XLM-R's).
 
@@ -162,15 +163,17 @@ def load_tokenizer(directory_or_file: str | os.PathLike[str]) -> Tokenizer:
 
 
 def train_tokenizer(cfg: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Trains a SentencePiece model on all of `texts`; the same texts give the same model on any number of cores.
+    """Trains a tokenizer on all of `texts`; the same texts give the same model on any number of cores.
 
     Args:
-        cfg: with algorithm unigram or bpe.
+        cfg: with any algorithm but pretrained.
         texts: documents, as many as fit into memory; sampling is the caller's.
 
     Raises:
         UserError: the texts are too few or too varied for the vocabulary's size; the message has SentencePiece's limit.
     """
+    if cfg.algorithm in ("characters", "regex", "code"):
+        return Tokenizer("tokenizer.json", train_domain_tokenizer(cfg, texts))
     assert cfg.algorithm in ("unigram", "bpe"), cfg.algorithm
     model = io.BytesIO()
     names = {role: alternatives[0] for role, alternatives in SPECIAL_NAMES.items()}

@@ -143,7 +143,9 @@ def _with_piece_type(blob: bytes, index: int, piece_type: int) -> bytes:
 
 
 class TokenizersModel:
-    """A tokenizer.json whose vocabulary says where words begin: WordPiece, byte-level BPE, or SentencePiece's marks.
+    """A tokenizer.json whose vocabulary says where words begin.
+
+    It is WordPiece, byte-level BPE, with SentencePiece's marks, or of pieces of a pattern, each of which is a word.
 
     Attributes: as in `SentencePieceModel`.
     """
@@ -152,12 +154,15 @@ class TokenizersModel:
         self.blob = blob
         try:
             spec = json.loads(blob)
-            self._continuation = _continuation_mark(spec)
+            self._is_pieces = _is_pieces(spec)
+            self._continuation = None if self._is_pieces else _continuation_mark(spec)
             self._marks_spaces = '"Metaspace"' in json.dumps(spec["pre_tokenizer"])
             self._prefix_space = _switch_off_prefix_space(spec)
             # Line ends may belong to the piece before them, spaces to the one behind.
             only_spaces = self._prefix_space or self._marks_spaces
-            self.cut = re.compile(r"(?<=\S)(?= \w)" if only_spaces else r"(?<=\S)(?= \w)|(?<=\S\n)(?=\w)")
+            self.cut: re.Pattern[str] | None = re.compile(
+                r"(?<=\S)(?= \w)" if only_spaces else r"(?<=\S)(?= \w)|(?<=\S\n)(?=\w)"
+            )
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except UserError:
             raise
@@ -171,7 +176,10 @@ class TokenizersModel:
         self.silent_ids = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.silent_ids |= {index for index in range(len(self.pieces)) if index not in piece_of}
         space = SPACE if self._marks_spaces else _CHAR_OF_BYTE[0x20]
-        self.lone_space_id = None if self._continuation is not None else self._tokenizer.token_to_id(space)
+        in_pieces = self._is_pieces or self._continuation is not None
+        self.lone_space_id = None if in_pieces else self._tokenizer.token_to_id(space)
+        if self._is_pieces:  # what its pattern matches may hold spaces
+            self.cut = None
 
     def encode(self, text: str) -> list[int]:
         if self._prefix_space and not text.startswith(" "):
@@ -182,7 +190,9 @@ class TokenizersModel:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def after_space(self, index: int) -> bool:
-        """Whether the piece carries the space before it, or none of WordPiece's marks of continuation."""
+        """Whether the piece carries the space before it, or no mark of continuation of WordPiece's, or is a word alone."""
+        if self._is_pieces:
+            return True
         if self._continuation is not None:
             return not self.pieces[index].startswith(self._continuation)
         if self._marks_spaces:
@@ -191,6 +201,8 @@ class TokenizersModel:
 
     def text(self, index: int) -> str:
         """The piece without its marks; empty for a part of a character."""
+        if self._is_pieces:
+            return self.pieces[index]
         if self._continuation is not None:
             return self.pieces[index].removeprefix(self._continuation)
         if self._marks_spaces:
@@ -199,6 +211,8 @@ class TokenizersModel:
 
     def num_bytes(self, index: int) -> int:
         """The bytes of text that the piece stands for; WordPiece's begin with a space where they begin a word."""
+        if self._is_pieces:
+            return len(self.pieces[index].encode())
         if self._continuation is not None:
             return len(self.text(index).encode()) + self.after_space(index)
         if self._marks_spaces:
@@ -222,6 +236,12 @@ def _switch_off_prefix_space(spec: Mapping[str, Any]) -> bool:
         if part.get("type") == "ByteLevel" and part["add_prefix_space"]:
             part["add_prefix_space"], was_on = False, True
     return was_on
+
+
+def _is_pieces(spec: Mapping[str, Any]) -> bool:
+    """Whether text is cut by a pattern alone, and each piece is a whole entry of the vocabulary."""
+    cut = (spec["pre_tokenizer"] or {}).get("type"), (spec["decoder"] or {}).get("type")
+    return bool(spec["model"]["type"] == "WordLevel" and cut == ("Split", "Fuse"))
 
 
 def _continuation_mark(spec: Mapping[str, Any]) -> str | None:
