@@ -141,6 +141,24 @@ def test_resuming_continues_on_any_processes(
                 np.testing.assert_array_equal(one[name], other[name][local])
 
 
+def test_another_stage_goes_on_in_every_source(corpus: pathlib.Path, sources: tuple[SourceConfig, ...]) -> None:
+    """At other shares; what the first has not seen of an epoch comes before anything comes again."""
+    cfg = _config(sources)
+    first = training_rows(open_corpus(corpus), cfg, StageConfig(seq_len=32, weights=(1, 1, 1)))
+    second = training_rows(open_corpus(corpus), cfg, StageConfig(seq_len=32, weights=(0, 3, 1)))
+    seen = first.counts(8 * 4)
+    arguments = {"batch_size": 8, "start_step": 0, "seed": 3}
+    run = [*batches(first, num_steps=4, first_position=0, **arguments)]
+    run += batches(second, num_steps=40, first_position=seen, **arguments)
+    ids, epochs = (np.concatenate([batch[name] for batch in run]) for name in ("example_ids", "epochs"))
+    for name, (begin, end) in first.ranges.items():
+        mine = (ids >= begin) & (ids < end)
+        once = ids[mine][: end - begin]
+        assert len(set(once.tolist())) == len(once), name
+        assert (epochs[mine] == np.arange(mine.sum()) // (end - begin)).all(), name
+    assert _by_source(first, ids)[0] == seen[0]  # type: ignore[arg-type]
+
+
 def test_shares_by_weight_alpha_and_epochs(corpus: pathlib.Path, sources: tuple[SourceConfig, ...]) -> None:
     opened = open_corpus(corpus)
     counts = [opened.parts[source.name].manifest["rows"]["32"]["train"] for source in sources]

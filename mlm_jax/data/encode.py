@@ -7,16 +7,19 @@ import dataclasses
 import functools
 import hashlib
 import heapq
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from mlm_jax.config import TokenizerConfig
+from mlm_jax.config import Config, TokenizerConfig
 from mlm_jax.data import atomic, pairs, pool, progress, units
+from mlm_jax.data.corpus import check_vocabulary
 from mlm_jax.data.sources import Source
-from mlm_jax.data.tokenizer import train_tokenizer
+from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mlm_jax.errors import UserError
 
 UNIT_BYTES = 4 * 2**20  # text in a unit: a second or two of a worker's time, and what a restart may lose per worker
@@ -121,6 +124,41 @@ def balanced_sample(sources: Sequence[Source], sample_bytes: int, held_out_below
         before = np.cumsum([0, *(len(text) for text in reversed(texts))])[:-1]
         kept.append(texts[len(texts) - int((before < part).sum()) :])
     return kept
+
+
+def make_tokenizer(
+    cfg: Config,
+    directory: pathlib.Path,
+    building: pathlib.Path,
+    draw: Callable[[], list[bytes]],
+    given: Tokenizer | None,
+) -> Tokenizer:
+    """Copies a corpus's tokenizer to `directory`, or trains it on texts, unless an earlier run has; returns it.
+
+    Args:
+        building: the folder for unfinished work.
+        draw: gives the texts, and is called only if it is to be trained.
+        given: the tokenizer, where it is known.
+    """
+    if not directory.exists():
+        partial = building / "tokenizer"
+        shutil.rmtree(partial, ignore_errors=True)
+        if given is not None:
+            given.save(partial)
+        elif cfg.tokenizer.algorithm == "pretrained":
+            pretrained = load_tokenizer(cfg.tokenizer.path)
+            check_vocabulary(pretrained, cfg)
+            pretrained.save(partial)
+        else:
+            texts = draw()
+            stage = f"training the {cfg.tokenizer.algorithm} tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
+            with progress.shown(stage), pool.started(1) as executor:
+                executor.submit(train, cfg.tokenizer, texts, str(partial)).result()
+        with atomic.telling_faults(directory):
+            for path in partial.iterdir():
+                atomic.flush(path)
+            os.replace(partial, directory)
+    return load_tokenizer(directory)
 
 
 def train(cfg: TokenizerConfig, texts: Sequence[bytes], directory: str) -> None:

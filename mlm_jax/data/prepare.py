@@ -12,7 +12,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from mlm_jax.data.corpus import (
     rows_directory,
 )
 from mlm_jax.data.sources import Source, open_source
-from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _build(
             temporary.write_text(json.dumps(dataclasses.asdict(totals)))
         return texts
 
-    tokenizer = _make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
+    tokenizer = encode.make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
     expected = encode.Totals(**json.loads(totals_path.read_bytes())) if totals_path.exists() else None
     check_vocabulary(tokenizer, cfg)
     row_format = shards.RowFormat(
@@ -198,7 +198,7 @@ def _build_mixture(
                 raise _too_few_documents(dataclasses.replace(cfg, data=data))
         return [text for drawn in texts for text in drawn]
 
-    tokenizer = _make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
+    tokenizer = encode.make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
     check_vocabulary(tokenizer, cfg)
     with atomic.telling_faults(directory):
         (directory / SOURCES).mkdir(exist_ok=True)
@@ -226,35 +226,6 @@ def _sample_bytes(cfg: Config) -> int:
 def _held_out_below(cfg: Config) -> int:
     """Documents are held out whose hash begins with 64 bits below this."""
     return int(cfg.data.validation_fraction * 2**64)
-
-
-def _make_tokenizer(
-    cfg: Config,
-    directory: pathlib.Path,
-    building: pathlib.Path,
-    draw: Callable[[], list[bytes]],
-    given: Tokenizer | None,
-) -> Tokenizer:
-    """Copies the tokenizer, or trains it on the texts that are drawn, unless an earlier run has."""
-    if not directory.exists():
-        partial = building / "tokenizer"
-        shutil.rmtree(partial, ignore_errors=True)
-        if given is not None:
-            given.save(partial)
-        elif cfg.tokenizer.algorithm == "pretrained":
-            pretrained = load_tokenizer(cfg.tokenizer.path)
-            check_vocabulary(pretrained, cfg)
-            pretrained.save(partial)
-        else:
-            texts = draw()
-            stage = f"training the {cfg.tokenizer.algorithm} tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
-            with progress.shown(stage), pool.started(1) as executor:
-                executor.submit(encode.train, cfg.tokenizer, texts, str(partial)).result()
-        with atomic.telling_faults(directory):
-            for path in partial.iterdir():
-                atomic.flush(path)
-            os.replace(partial, directory)
-    return load_tokenizer(directory)
 
 
 def _plan(cfg: Config, found: Sequence[units.UnitSummary]) -> list[shards.Bucket]:

@@ -115,6 +115,19 @@ def evaluate_sources(
     return _means(total) | ({"sources": by_source} if by_source else {})
 
 
+def described(values: Mapping[str, Any]) -> Iterator[str]:
+    """An evaluation as lines of the log: the whole, and each source of a mixture."""
+    own = (f", {name} {value:.4f}" for name, value in values.items() if name not in COMMON)
+    yield f"held-out: {_line(values)}{''.join(own)}"
+    for name, found in values.get("sources", {}).items():
+        yield f"held-out {name}: {_line(found)}, {found['bits_per_byte']:.4f} bits per byte"
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    numbers = (values[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy"))
+    return "loss {:.4f}, accuracy {:.4f} (unigram: {:.4f}, {:.4f})".format(*numbers)
+
+
 def _sums(
     eval_step: EvalStep, params: Any, held_out: HeldOut, vocab: VocabTables, bytes_V: jax.Array, batch_size: int
 ) -> dict[str, Term]:

@@ -28,7 +28,7 @@ from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, place
 from mlm_jax.train.begin import begin
 from mlm_jax.train.checkpoint import Checkpoints
-from mlm_jax.train.evaluate import COMMON, HeldOut, evaluate_sources, make_eval_step
+from mlm_jax.train.evaluate import HeldOut, described, evaluate_sources, make_eval_step
 from mlm_jax.train.feed import check_epochs, device_batches, token_bytes, vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state, share_of
@@ -315,15 +315,8 @@ class _Run:
         values = evaluate_sources(
             self.eval_step, params, validation, self.vocab, self.bytes_V, self.cfg.evaluation.batch_size
         )
-        logger.info(
-            "step %d held-out: loss %.4f, accuracy %.4f (unigram: %.4f, %.4f)%s",
-            step,
-            *(values[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")),
-            "".join(f", {name} {value:.4f}" for name, value in values.items() if name not in COMMON),
-        )
-        for name, found in values.get("sources", {}).items():
-            shown = (found[key] for key in ("loss", "bits_per_byte", "accuracy", "unigram_loss", "unigram_accuracy"))
-            logger.info("  %s: loss %.4f, %.4f bits per byte, accuracy %.4f (unigram: %.4f, %.4f)", name, *shown)
+        for line in described(values):
+            logger.info("step %d %s", step, line)
         probes = self.cfg.evaluation.probes
         if probes:
             fills = self.filler(params, probes, top_k=5)
