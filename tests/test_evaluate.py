@@ -14,7 +14,7 @@ from mlm_jax.config import Config, EvaluationConfig, MaskingConfig, ModelConfig,
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.sharding import make_mesh
-from mlm_jax.train.evaluate import HeldOut, evaluate, evaluate_sources, make_eval_step
+from mlm_jax.train.evaluate import HeldOut, described, evaluate, evaluate_sources, make_eval_step
 
 ROWS, LENGTH, VOCAB = 20, 24, 128
 CFG = Config(
@@ -171,6 +171,10 @@ def test_a_mixture_is_measured_by_source_and_as_a_whole():
     for name in ("loss", "accuracy", "unigram_loss"):
         mean = sum(alone[source][name] * count for source, count in tokens.items()) / found["tokens"]
         assert found[name] == pytest.approx(mean, rel=1e-6)
+    whole, *by_source = described(found)
+    assert whole.startswith(f"held-out: loss {found['loss']:.4f}, accuracy")
+    assert [line.split(":")[0] for line in by_source] == ["held-out one", "held-out two"]
+    assert f"{alone['two']['bits_per_byte']:.4f} bits per byte" in by_source[1]
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(ROWS, 1), (32, 1), (3, 8)])

@@ -222,6 +222,22 @@ def test_progress_off_a_terminal_is_a_line_of_the_log_per_update(caplog, monkeyp
     assert len(caplog.messages) == 2
 
 
+def test_progress_shows_the_shares_of_a_mixture_of_few_sources(caplog):
+    caplog.set_level(logging.INFO)
+    with Progress(400, is_primary=True) as progress:
+        progress.update(100, {"loss": 3.0, "shares": {"en": 0.55, "de": 0.45}})
+        progress.update(200, {"loss": 3.0, "shares": {f"l{index}": 0.05 for index in range(20)}})
+    assert "loss 3.000 en 55% de 45% ETA" in caplog.messages[0]
+    assert "l1" not in caplog.messages[1]
+
+
+def test_tensorboard_gets_the_numbers_of_every_source(tmp_path):
+    with MetricWriter(tmp_path, CFG, 0, is_primary=True) as writer:
+        writer.write(5, "eval", {"loss": 3.0, "sources": {"de": {"loss": 4.0}}, "shares": {"de": 0.5}})
+    found = [(5, "eval/loss", 3.0), (5, "eval/sources/de/loss", 4.0), (5, "eval/shares/de", 0.5)]
+    assert scalars(tmp_path) == found
+
+
 def test_progress_on_a_terminal_is_one_bar_with_the_log_above_it(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
