@@ -211,6 +211,17 @@ def test_other_weights_use_the_same_corpus_and_other_sources_do_not(
         prepare(_config(sources[:2]), corpus)
 
 
+def test_weights_follow_their_sources_however_they_are_listed(
+    corpus: pathlib.Path, sources: tuple[SourceConfig, ...]
+) -> None:
+    weighted = [dataclasses.replace(source, weight=w) for source, w in zip(sources, (5, 3, 1), strict=True)]
+    for order in itertools.permutations(weighted):
+        cfg = _config(order)
+        opened = open_corpus(corpus, cfg)
+        shares = dict(zip(opened.parts, example_shares(opened, cfg, cfg.stages[0]), strict=True))
+        assert shares["big"] > shares["middle"] > shares["small"]
+
+
 def test_an_interrupted_mixture_continues_to_the_same_corpus(
     corpus: pathlib.Path, sources: tuple[SourceConfig, ...], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

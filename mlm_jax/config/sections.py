@@ -25,7 +25,7 @@ class DataConfig:
     validation_fraction: float = 0.01  # share of documents held out, chosen by the hash of their text
     deduplicate: bool = True  # drop exact repetitions of a document
     max_segments: int = 16  # documents (or parts of one) that may share a row
-    max_words: int = 0  # the training split takes no more documents than have so many words together; 0: all
+    max_words: int = 0  # the training split, or each source's, takes no more documents than have so many words; 0: all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,8 @@ def open_corpus(path: str | os.PathLike[str], cfg: config.Config | None = None) 
         unigrams = np.load(directory / UNIGRAMS)
     except (OSError, ValueError) as error:
         raise MachineError(f"{directory / UNIGRAMS} cannot be read: {error}; prepare the corpus again") from error
-    parts = {name: open_corpus(directory / SOURCES / name) for name in manifest.get("sources", ())}
+    names = manifest.get("sources", ()) if cfg is None else [source.name for source in cfg.data.sources]
+    parts = {name: open_corpus(directory / SOURCES / name) for name in names}
     for part in parts.values():
         if part.tokenizer.fingerprint != tokenizer.fingerprint:
             raise MachineError(f"{part.path} has another tokenizer than {directory}: prepare the mixture again")

@@ -240,7 +240,7 @@ def _switch_off_prefix_space(spec: Mapping[str, Any]) -> bool:
 
 def _is_pieces(spec: Mapping[str, Any]) -> bool:
     """Whether text is cut by a pattern alone, and each piece is a whole entry of the vocabulary."""
-    cut = (spec["pre_tokenizer"] or {}).get("type"), (spec["decoder"] or {}).get("type")
+    cut = (spec["pre_tokenizer"] or {}).get("type"), (spec.get("decoder") or {}).get("type")
     return bool(spec["model"]["type"] == "WordLevel" and cut == ("Split", "Fuse"))
 
 
