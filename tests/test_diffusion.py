@@ -28,7 +28,7 @@ from mlm_jax.config import ComputeConfig, Config, DiffusionConfig, ModelConfig, 
 from mlm_jax.model.encoder import Compute
 from mlm_jax.model.heads import gather_positions
 from mlm_jax.objectives import Keys
-from mlm_jax.objectives.diffusion import MaskedDiffusion
+from mlm_jax.objectives.diffusion import MaskedDiffusion, mask_counts
 from mlm_jax.objectives.scoring import score_in_chunks, score_targets
 from mlm_jax.objectives.spread import CAUSAL_ROWS, RATES, spread_rows
 
@@ -156,8 +156,22 @@ def test_the_evaluations_bound_is_that_over_all_rates(one):
     # A row's share does not depend on the rows beside it.
     parts = [run(weights(), rows_of_text(256, first))["bound_bits_per_token"] for first in (0, 256)]
     assert sum(float(part.sum) for part in parts) == pytest.approx(found.sum, rel=1e-6)
+    # Nor on how often a run has seen it.
+    later = rows_of_text(512) | {"epochs": np.full(512, 3, np.int32)}
+    assert jax.device_get(run(weights(), later)["bound_bits_per_token"]) == found
     nothing = rows_of_text(512) | {"segment_ids": np.zeros((512, 8), np.int32)}
     assert jax.device_get(run(weights(), nothing)["bound_bits_per_token"]) == (0.0, 0.0)
+
+
+def test_an_evaluations_numbers_of_masks_are_spread_evenly():
+    sizes = np.array([3] * 300 + [100] * 100, np.float32)
+    counts = np.asarray(mask_counts(jax.random.key(1), np.arange(400, dtype=np.int32), sizes, 4))
+    np.testing.assert_allclose(np.bincount(counts[:, :300].astype(int).ravel()), [0, 400, 400, 400], atol=4)
+    # One in each quarter for a row, and over a hundred rows nearly every number once in each quarter.
+    np.testing.assert_array_equal(np.ceil(counts[:, 300:] / 25), np.broadcast_to([[1], [2], [3], [4]], (4, 100)))
+    assert np.bincount(counts[:, 300:].astype(int).ravel(), minlength=101)[1:].max() <= 6
+    empty = np.asarray(mask_counts(jax.random.key(1), np.arange(2, dtype=np.int32), np.zeros(2, np.float32), 4))
+    assert (empty == 0).all()
 
 
 # Carried over, and never predicted.

@@ -24,6 +24,7 @@ from test_masking import (
 from mlm_jax import masking
 from mlm_jax.config import MaskingConfig
 from mlm_jax.masking.ngrams import join_words
+from mlm_jax.masking.spans import run_starts
 from mlm_jax.masking.words import word_starts
 
 GEOMETRIC = MaskingConfig(policy="span").span_lengths
@@ -93,7 +94,7 @@ def assert_one_distribution(first: np.ndarray, second: np.ndarray) -> None:
     assert freedom >= 3 and statistic < freedom + 4.5 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize(("lengths", "rate"), [(GEOMETRIC, 0.15), (HARMONIC, 0.4)])
+@pytest.mark.parametrize(("lengths", "rate"), [(GEOMETRIC, 0.15), (HARMONIC, 0.4), (GEOMETRIC, 0.6)])
 def test_spans_are_distributed_like_a_plain_walks(lengths, rate):
     tokens, segment_ids = make_rows(ROWS)
     chosen = chosen_mask(mask(tokens, segment_ids, span_lengths=lengths, rate=rate))
@@ -169,6 +170,12 @@ def test_a_stretch_is_shown_in_one_way(policy):
     assert trials > 3000
     assert_binomial(outcomes[0], trials, 0.8)
     assert_binomial(outcomes[2], trials, 0.1)
+
+
+def test_stretches_of_two_segments_that_touch_are_two():
+    chosen, segment_ids = np.array([[1, 1, 0, 1, 1, 1]], bool), np.array([[1, 1, 1, 1, 2, 2]], np.int32)
+    starts = jax.vmap(run_starts)(chosen, segment_ids)
+    np.testing.assert_array_equal(starts, [[True, False, False, True, True, False]])
 
 
 def test_rows_of_one_long_word_or_of_nothing():

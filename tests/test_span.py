@@ -1,15 +1,22 @@
-"""SpanBERT's second prediction: its head by hand, and what it may look at."""
+"""SpanBERT's second prediction: its head by hand, what it looks at, and its place in the loss."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_step import CFG, QUICK, mesh_of
+from tiny_step import CFG, QUICK, make_rows, mesh_of, on_devices, tables_on
 
-from mlm_jax.config import SpanBoundaryConfig
+from mlm_jax import masking
+from mlm_jax.config import MaskingConfig, SpanBoundaryConfig
+from mlm_jax.model.encoder import Compute
 from mlm_jax.model.heads import SpanBoundaryHead
+from mlm_jax.objectives import Keys
+from mlm_jax.objectives.mlm import mask_batch
+from mlm_jax.objectives.rates import constant_rates
+from mlm_jax.objectives.span import SpanBert
 
 DIM, VOCAB, SPAN = CFG.model.embed_dim, CFG.model.vocab_size, SpanBoundaryConfig(max_targets=6, position_dim=10)
 
@@ -70,3 +77,40 @@ def test_its_parameters():
     assert params["left_DD"].shape == params["right_DD"].shape == params["second_DE"].shape == (DIM, DIM)
     assert "decoder_VD" not in params  # tied
     assert params["output_bias_V"].shape == (VOCAB,)  # and a bias of its own
+
+
+def test_the_loss_is_a_mean_over_masked_tokens_and_one_over_those_between_two_ends():
+    span_boundary = SpanBoundaryConfig(max_targets=3, loss_weight=0.5)
+    cfg = dataclasses.replace(
+        CFG, objective="span", masking=MaskingConfig(policy="span", rate=0.3), span_boundary=span_boundary
+    )
+    objective, keys, rows = SpanBert(cfg, Compute.resolve(cfg.compute)), Keys(jax.random.key(0), None, 0), make_rows()
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def everything(params, batch, vocab):
+        masked = mask_batch(batch, keys.mask, vocab, cfg.masking, constant_rates(cfg.masking))
+        places = masked.positions_BP, masked.weights_BP, batch["tokens"], batch["segment_ids"]
+        ends = masking.span_ends(*places, vocab.is_special_V, max_targets=3)
+        model = objective.network.bind(params)
+        hidden_BLD = model.encoder(masked.inputs_BL, batch["segment_ids"])
+        table_VD = model.encoder.embeddings.tokens_VD[...]
+        left, right, own = (
+            jax.numpy.take_along_axis(hidden_BLD, at_BP[:, :, None], axis=1)
+            for at_BP in (ends.left_BP, ends.right_BP, masked.positions_BP)
+        )
+        logits = model.head(own, table_VD), model.span_head(left, right, ends.offsets_BP, table_VD)
+        return masked, ends, logits, objective.loss(params, batch, keys, vocab)
+
+    mesh = mesh_of("1")
+    masked, ends, logits, sums = jax.device_get(everything(params, on_devices(rows, mesh), tables_on(mesh)))
+    weights = masked.weights_BP, ends.weights_BP
+    assert 30 < weights[1].sum() < weights[0].sum() == sums.predicted - weights[1].sum()
+    for name, logits_BPV, weights_BP, factor in zip(("mlm", "sbo"), logits, weights, (1.0, 0.5), strict=True):
+        wide = logits_BPV.astype(np.float64)
+        gold = np.take_along_axis(wide, masked.targets_BP[:, :, None], -1)[:, :, 0]
+        nll = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1) - gold
+        assert sums.losses[name].weight == weights_BP.sum()
+        assert sums.losses[name].sum == pytest.approx(factor * (nll * weights_BP).sum(), rel=1e-5)

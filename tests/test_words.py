@@ -203,6 +203,12 @@ def _source(texts: Callable[[], list[str]]) -> Source:
     return Source("test", lambda: iter(texts()), None, "test")
 
 
+def test_a_limit_that_is_just_met_leaves_nothing_out() -> None:
+    texts = ["a b c d", "e f g h i"]
+    limits = [limit.find_limit(_source(lambda: texts), most, deduplicate=True, held_out_below=0) for most in (8, 9)]
+    assert [len(list(limit.limited(_source(lambda: texts), first_left).documents())) for first_left in limits] == [1, 2]
+
+
 def test_a_limit_below_the_first_document_is_refused() -> None:
     with pytest.raises(UserError, match=r"data.max_words=3 is less than the first document of test has: raise it"):
         limit.find_limit(_source(lambda: ["a b c d", "e f g h i"]), 3, deduplicate=True, held_out_below=0)

@@ -85,19 +85,15 @@ class MaskedDiffusion(MaskedLM):
         text_BL = _is_text(batch, vocab)
         sizes_B = text_BL.sum(1, dtype=jnp.float32)
         keys_B = masking.example_keys(keys.mask, batch["epochs"], batch["example_ids"], static=True)
-        offset = jax.random.bits(jax.random.fold_in(keys.mask, DRAWS))
-        turns_B = batch["example_ids"].astype(jnp.uint32) * GOLDEN + offset
-        fractions_B = (turns_B >> 8).astype(jnp.float32) * 2.0**-24
+        bits_BRL = jax.vmap(lambda key: jax.random.bits(key, (draws, length)))(keys_B)
+        counts_RB = mask_counts(keys.mask, batch["example_ids"], sizes_B, draws)
 
-        def draw(number: jax.Array) -> jax.Array:
-            counts_B = jnp.floor((number + fractions_B) / draws * sizes_B) + 1.0
-            counts_B = jnp.minimum(counts_B, sizes_B)
-            bits_BL = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, number), (length,)))(keys_B)
+        def draw(bits_BL: jax.Array, counts_B: jax.Array) -> jax.Array:
             masked_BL = _choose(bits_BL, text_BL, counts_B)
             nll_BP, _, _ = self._score(params, batch, vocab, masked_BL, masked_BL, length, None)
             return (nll_BP.sum(1) * sizes_B / jnp.maximum(counts_B, 1.0)).sum()
 
-        nats = jax.lax.map(draw, jnp.arange(draws)).mean()
+        nats = jax.lax.map(lambda each: draw(*each), (bits_BRL.swapaxes(0, 1), counts_RB)).mean()
         return {"bound_bits_per_token": Term(nats / math.log(2), sizes_B.sum())}
 
     def _score(
@@ -126,6 +122,17 @@ class MaskedDiffusion(MaskedLM):
         found = score_in_chunks(score, gather_positions(hidden_BLD, places_BP), targets_BP, self.cfg.compute.head_chunk)
         nll_BP, correct_BP = (jnp.where(used_BP, x_BP, 0.0) for x_BP in found)
         return nll_BP, correct_BP, used_BP.astype(jnp.float32)
+
+
+def mask_counts(key: jax.Array, example_ids_B: jax.Array, sizes_B: jax.Array, draws: int) -> jax.Array:
+    """How many of each row's tokens an evaluation masks in each of its draws: float32 [draws, B].
+
+    From 1 to the row's size, one in each of `draws` equal parts of that range; where in its part differs by the example.
+    """
+    turns_B = example_ids_B.astype(jnp.uint32) * GOLDEN + jax.random.bits(jax.random.fold_in(key, DRAWS))
+    fractions_B = (turns_B >> 8).astype(jnp.float32) * 2.0**-24
+    counts = [jnp.floor((draw + fractions_B) / draws * sizes_B) + 1.0 for draw in range(draws)]
+    return jnp.minimum(jnp.stack(counts), sizes_B[None])
 
 
 def _is_text(batch: Batch, vocab: masking.VocabTables) -> jax.Array:

@@ -114,6 +114,6 @@ def _has_predecessor(segment_ids_BL: jax.Array) -> jax.Array:
 
 
 def _is_chosen(masked: masking.MaskedBatch, length: int) -> jax.Array:
-    """The masked positions as flags: bool [B, L]."""
+    """The masked positions as flags, bool [B, L]; and a row's first one, which unused slots name and nothing predicts."""
     places_11L = jnp.arange(length, dtype=jnp.int32)[None, None]
-    return ((masked.positions_BP[:, :, None] == places_11L) & (masked.weights_BP[:, :, None] > 0)).any(1)
+    return (masked.positions_BP[:, :, None] == places_11L).any(1)

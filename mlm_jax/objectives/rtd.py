@@ -155,9 +155,8 @@ class ReplacedTokenDetection:
 
 
 def sample_tokens(keys_B: jax.Array, logits_BPV: jax.Array) -> jax.Array:
-    """One id for each position from the softmax of its logits: the largest logit after Gumbel noise. No gradient."""
+    """One id for each position from the softmax of its logits: the largest logit after Gumbel noise. No gradient passes."""
     with jax.named_scope("sampling"):
-        logits_BPV = jax.lax.stop_gradient(logits_BPV)
         noise_BPV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BPV.shape[1:]))(keys_B)
         return jnp.argmax(logits_BPV + jax.reshard(noise_BPV, SHARDING.logits_BPV), axis=-1).astype(jnp.int32)
 
