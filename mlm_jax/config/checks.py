@@ -22,6 +22,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "model.max_positions",
         "model.norm_eps",
         "model.init_std",
+        "model.rope_base",
+        "model.local_rope_base",
+        "model.global_every",
         "optimizer.learning_rate",
         "optimizer.eps",
         "stages.steps",
@@ -43,6 +46,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "model.position_offset",
         "model.num_token_types",
         "model.table_dim",
+        "model.local_window",
         "rtd.generator_weight",
         "rtd.discriminator_weight",
         "optimizer.warmup_steps",
@@ -142,6 +146,7 @@ def _check_model(cfg: Config) -> None:
     )
     if cfg.objective == "rtd":
         _check_generator(cfg)
+    _check_architecture(cfg)
     for axis, fields in (("tensor", ("num_heads", "mlp_dim", "vocab_size")), ("fsdp", ("embed_dim", "table_dim"))):
         for where, network in cfg.networks.items():
             for name in fields:
@@ -156,6 +161,34 @@ def _check_generator(cfg: Config) -> None:
         f"rtd.generator_size={cfg.rtd.generator_size} makes a generator of width {generator.embed_dim}, mlp "
         f"{generator.mlp_dim} and {generator.num_heads} head(s), which must divide the width: give it whole heads of the "
         f"model's {heads}, as rtd.generator_size={generator.num_heads / heads:.4g} does",
+    )
+
+
+def _check_architecture(cfg: Config) -> None:
+    model = cfg.model
+    for where, network in cfg.networks.items():
+        _require(
+            model.positions != "rope" or network.head_dim % 2 == 0,
+            f"model.positions='rope' turns pairs of dimensions, and {where}heads have {network.head_dim}: choose "
+            "embed_dim and num_heads so that it is even",
+        )
+        _require(
+            model.first_norm or network.num_layers > 1,
+            f"model.first_norm=False leaves {where}num_layers=1 without any norm before attention: use 2 layers or more",
+        )
+    _require(
+        model.positions != "alibi" or model.local_window == 0,
+        f"model.positions='alibi' with model.local_window={model.local_window}: local layers are for 'rope' and 'learned'",
+    )
+    _require(
+        model.positions == "learned" or model.position_offset == 0,
+        f"model.position_offset={model.position_offset} is for a table of positions, and model.positions="
+        f"{model.positions!r} has none: leave it out",
+    )
+    _require(
+        model.first_norm or (model.pre_norm and model.embedding_norm),
+        f"model.first_norm=False with model.pre_norm={model.pre_norm} and model.embedding_norm={model.embedding_norm}: the "
+        "first sublayer can only do without a norm before it where the embeddings have one",
     )
 
 
@@ -251,7 +284,9 @@ def _check_hybrid(cfg: Config) -> None:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("mlm", "span", "rtd", "diffusion", "hybrid"),
     "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
-    "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
+    "model.activation": ("gelu_tanh", "gelu_erf", "relu", "silu"),
+    "model.positions": ("learned", "rope", "alibi"),
+    "model.norm": ("layer", "rms"),
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),

@@ -40,12 +40,28 @@ class ModelConfig:
     max_positions: int = 512
     position_offset: int = 0  # RoBERTa: 2, its tables start after the padding id
     num_token_types: int = 0  # BERT: 2; 0 leaves the table out
-    activation: str = "gelu_tanh"  # gelu_tanh | gelu_erf | relu
+    positions: str = "learned"  # learned (a table) | rope | alibi
+    rope_base: float = 10_000.0  # of layers that see all of a segment; a stage may change it
+    local_rope_base: float = 10_000.0  # of local layers
+    local_window: int = 0  # tokens that a local layer sees to either side; 0: every layer sees all of a segment
+    global_every: int = 3  # where there is a window: layer 0, and after it every so manieth, are not local
+    activation: str = "gelu_tanh"  # gelu_tanh | gelu_erf | relu | silu
+    gated_mlp: bool = False  # GeGLU (gelu_erf) and SwiGLU (silu): a second product times the activated one, without biases
+    biases: bool = True  # of dense layers; the decoder always has one
+    pre_norm: bool = False  # norms before each sublayer and one at the end, instead of behind each sublayer
+    first_norm: bool = (
+        True  # of pre_norm, whether the first sublayer has one (ModernBERT: False, it follows the embeddings')
+    )
+    embedding_norm: bool = True
+    norm: str = "layer"  # layer | rms
+    norm_bias: bool = True  # of layer norms
     norm_eps: float = 1e-12
+    head_transform: bool = True  # whether a dense layer, activation and norm stand before the decoder
     dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
     init_truncated: bool = True  # BERT: truncated normal; Hugging Face and RoBERTa: plain normal
+    init_scaled: bool = False  # Megatron and ModernBERT: kernels onto the residual stream at init_std / √(2 · num_layers)
     tie_embeddings: bool = True
 
     @property
@@ -56,6 +72,10 @@ class ModelConfig:
     def embedding_dim(self) -> int:
         """The width of the embedding tables."""
         return self.table_dim or self.embed_dim
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer's tokens see only `local_window` of their segment to either side."""
+        return self.local_window > 0 and layer % self.global_every != 0
 
 
 @dataclasses.dataclass(frozen=True)
