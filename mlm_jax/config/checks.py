@@ -57,6 +57,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "stages.learning_rate",
         "stages.warmup_steps",
         "train.max_epochs",
+        "stages.rope_base",
         "evaluation.every",
         "masking.schedule_start",
         "masking.schedule_steps",
@@ -195,8 +196,8 @@ def _check_architecture(cfg: Config) -> None:
 def _check_training(cfg: Config) -> None:
     optimizer = cfg.optimizer
     _require(
-        optimizer.schedule != "wsd" or optimizer.decay_steps > 0,
-        "optimizer.schedule='wsd' needs optimizer.decay_steps > 0",
+        "wsd" not in (optimizer.schedule, *(stage.schedule for stage in cfg.stages)) or optimizer.decay_steps > 0,
+        "the schedule 'wsd' needs optimizer.decay_steps > 0",
     )
 
 
@@ -244,6 +245,18 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
         stage.batch_size % stage.accumulation == 0,
         f"{where}.batch_size={stage.batch_size} is no multiple of {where}.accumulation={stage.accumulation}",
     )
+    _require(
+        stage.schedule in ("", *_SCHEDULES),
+        f"{where}.schedule={stage.schedule!r} is none of {', '.join(_SCHEDULES)}{nearest(stage.schedule, _SCHEDULES)}",
+    )
+    _require(
+        not stage.schedule or stage.learning_rate > 0,
+        f"{where}.schedule={stage.schedule!r} begins a curve of its own, which needs {where}.learning_rate, its peak",
+    )
+    _require(
+        stage.rope_base == 0 or cfg.model.positions == "rope",
+        f"{where}.rope_base={stage.rope_base} with model.positions={cfg.model.positions!r}: only 'rope' has a base",
+    )
     rate, spread = cfg.mask_rate(stage), cfg.masking.rate_spread
     _require(spread < rate < 1 - spread, f"{where}.mask_rate={rate} with masking.rate_spread={spread} leaves (0, 1)")
     rates = [rate] if stage.mask_rate else [rate, cfg.masking.final_rate]
@@ -281,6 +294,7 @@ def _check_hybrid(cfg: Config) -> None:
             )
 
 
+_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "one_minus_sqrt", "wsd")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("mlm", "span", "rtd", "diffusion", "hybrid"),
     "tokenizer.algorithm": ("unigram", "bpe", "pretrained"),
@@ -291,8 +305,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),
     "rtd.embedding_sharing": ("tied", "disentangled"),
-    "optimizer.name": ("adamw", "lamb"),
-    "optimizer.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
+    "optimizer.name": ("adamw", "stable_adamw", "lamb"),
+    "optimizer.schedule": _SCHEDULES,
     "compute.dtype": ("auto", "float32", "bfloat16"),
     "compute.layers": ("auto", "scan", "unroll"),
     "compute.remat": ("none", "dots", "full"),

@@ -159,9 +159,9 @@ class HybridConfig:
 class OptimizerConfig:
     """The update rule and the learning-rate curve over the whole run (a stage may restart it)."""
 
-    name: str = "adamw"  # adamw | lamb
+    name: str = "adamw"  # adamw | stable_adamw | lamb
     learning_rate: float = 1e-4  # peak
-    schedule: str = "linear"  # constant | linear | cosine | inverse_sqrt | wsd
+    schedule: str = "linear"  # constant | linear | cosine | inverse_sqrt | one_minus_sqrt | wsd
     warmup_steps: int = 0
     decay_steps: int = 0  # wsd only: length of the final decay
     end_factor: float = 0.0  # final learning rate as a fraction of the peak
@@ -169,6 +169,7 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-6
     weight_decay: float = 0.01
+    decay_at_peak: bool = False  # weight_decay is the share that a step takes at the peak; else it is times the rate
     decay_embeddings: bool = True
     decay_norms_and_biases: bool = False  # fairseq's RoBERTa: True
     bias_correction: bool = True  # BERT's own Adam: False
@@ -186,7 +187,9 @@ class StageConfig:
     accumulation: int = 1  # micro-batches that a step is split into
     learning_rate: float = 0.0  # above 0: the schedule restarts in this stage with this peak
     warmup_steps: int = 0  # of a restarted schedule
+    schedule: str = ""  # of a restarted schedule; empty: optimizer.schedule
     mask_rate: float = 0.0  # above 0: replaces masking.rate in this stage
+    rope_base: float = 0.0  # above 0: replaces model.rope_base from this stage on (ModernBERT's extension to 8,192: 160,000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +272,15 @@ class Config:
     def first_step(self, stage: int) -> int:
         """The updates done before the stage of this index."""
         return sum(earlier.steps for earlier in self.stages[:stage])
+
+    def stage_of(self, step: int) -> int:
+        """The index of the stage that the last of these updates belongs to."""
+        return max(index for index in range(len(self.stages)) if index == 0 or self.first_step(index) < step)
+
+    def at_stage(self, stage: int) -> "Config":
+        """The same with the model's positions as they are rotated in the stage of this index."""
+        bases = [each.rope_base for each in self.stages[: stage + 1] if each.rope_base]
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, rope_base=bases[-1])) if bases else self
 
     @property
     def networks(self) -> dict[str, ModelConfig]:
