@@ -24,9 +24,14 @@ def block_size(window: int) -> int:
     return max(window, _SMALLEST_BLOCK)
 
 
+def keys_of_block(window: int) -> int:
+    """Keys that a block may see."""
+    return block_size(window) + 2 * window
+
+
 def is_shorter(length: int, window: int) -> bool:
     """Whether blocks have fewer scores than the whole row."""
-    return length > block_size(window) + 2 * window
+    return length > keys_of_block(window)
 
 
 def split(
@@ -49,7 +54,9 @@ def sees(segment_ids_BL: jax.Array, causal_B: jax.Array | None, window: int) -> 
     size = block_size(window)
     query_BNL = _blocks(segment_ids_BL, 1, size, _FILL)
     key_BNM = _with_sides(query_BNL, 2, window, _OUTSIDE)
-    distance_LM = jnp.arange(size + 2 * window, dtype=jnp.int32)[None] - window - jnp.arange(size, dtype=jnp.int32)[:, None]
+    distance_LM = (
+        jnp.arange(keys_of_block(window), dtype=jnp.int32)[None] - window - jnp.arange(size, dtype=jnp.int32)[:, None]
+    )
     sees_BNLM = query_BNL[..., :, None] == key_BNM[..., None, :]
     sees_BNLM &= (jnp.abs(distance_LM) <= window)[None, None]
     if causal_B is None:
