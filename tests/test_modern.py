@@ -20,7 +20,7 @@ from mlm_jax.model.positions import alibi_slopes, rotate, rotation
 from mlm_jax.objectives import Keys, make_objective
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_targets
-from mlm_jax.sharding import ROWS, divide, make_mesh
+from mlm_jax.sharding import ROWS, SHARDING, divide, make_mesh
 from mlm_jax.train.step import accumulate_gradients
 
 LENGTH, WINDOW = 150, 5
@@ -458,6 +458,27 @@ def test_the_kernel_of_a_tpu_attends_as_xla_does(monkeypatch, remat):
     for (path, grad), other in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(others), strict=True):
         scale = np.abs(grad).max()
         np.testing.assert_allclose(other, grad, atol=3e-5 * scale + 2e-7, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_kernels_of_a_tpu_visit_the_blocks_of_a_window():
+    """Of 16 blocks of keys each block of queries is at most at three; and no gradient is held once for each of them."""
+    pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel")
+    like = jax.ShapeDtypeStruct((1, 2, 8192, 64), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
+    grids = {}
+    for window in (0, 64):
+
+        def loss(query, key, value, segment_ids, window=window):
+            heads = (jax.reshard(x, SHARDING.heads_BHLK) for x in (query, key, value))
+            return attend(*heads, Sight("splash", segment_ids, None, window)).astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(like, like, like, row)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        calls = [line.rpartition(" : (")[2] for line in text.splitlines() if "tpu_custom_call" in line]
+        grids[window] = [call.partition(",")[0] for call in calls]
+        assert ("tensor<16x2x8192x64xbf16>" in "".join(calls)) == (window == 0)
+    assert grids[0] == ["tensor<1x16x16xi8>"] * 2
+    assert grids[64] == ["tensor<1x16x3xi8>", "tensor<1x3x16xi8>", "tensor<1x16x3xi8>"]
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", "xla"), ("gpu", "xla"), ("tpu", "xla")])

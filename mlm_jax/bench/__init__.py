@@ -73,7 +73,7 @@ def run_bench(
     if peer is not None:
         if cfg.objective != "mlm" or cfg.model.table_dim or differences(cfg.model, "bert"):
             raise UserError(
-                f"--peer={peer}: the peers are BERT, with objective 'mlm', model.table_dim=0 and nothing that came after it: "
+                f"--peer={peer}: the peers are BERT, with objective 'mlm', model.table_dim=0 and nothing that came later: "
                 "leave it out"
             )
         check_installed(peer)

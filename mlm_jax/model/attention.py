@@ -288,19 +288,23 @@ def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, s
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length = query_BHLK.shape[2]
+    length, window = query_BHLK.shape[2], sight.window
     block = next(size for size in (512, 384, 256, 128) if length % size == 0)
     by_length = splash.QKVLayout.SEQ_MINOR
+    names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute"]
+    # The fused backward kernel computes the scores once for all three gradients, but holds a query's gradient once for every
+    # block of keys, seen or not.
+    names += ["q_dq", "kv_dq"] if window else []
     blocks = splash.BlockSizes(
-        **{f"block_{name}": block for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")},
-        use_fused_bwd_kernel=True,  # computes the scores once for all three gradients
+        **{f"block_{name}": block for name in names},
+        use_fused_bwd_kernel=not window,
         q_layout=by_length,
         k_layout=by_length,
         v_layout=by_length,
     )
 
     def rows(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, segments_BL: jax.Array) -> jax.Array:
-        shape, window = (length, length), sight.window
+        shape = (length, length)
         mask = masks.LocalMask(shape, (window, window), 0) if window else masks.FullMask(shape)
         kernel = splash.make_splash_mha(
             masks.MultiHeadMask([mask] * query_BHLK.shape[1]),
