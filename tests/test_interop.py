@@ -381,7 +381,7 @@ def test_a_config_that_cannot_be_imported(fields, message, tmp_path):
         (
             "modernbert",
             {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"][::-1]},
-            "layer_types=.*the first layer and then every so manieth sees the whole text",
+            "layer_types=.*the first layer and then one in every few sees the whole text",
         ),
         ("modernbert", {"local_attention": "wide"}, "config.json is none of a modernbert"),
         (

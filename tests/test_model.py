@@ -15,9 +15,9 @@ from flax import nnx
 from mlm_jax.config import ComputeConfig, Config, ModelConfig, ShardingConfig, load_config
 from mlm_jax.errors import UserError
 from mlm_jax.model.attention import choose_implementation
+from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import Compute, ready
 from mlm_jax.model.layers import LayerNorm, add_bias, dropout, weight_init
-from mlm_jax.model.positions import segment_positions
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS, make_mesh

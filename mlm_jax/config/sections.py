@@ -44,14 +44,12 @@ class ModelConfig:
     rope_base: float = 10_000.0  # of layers that see all of a segment; a stage may change it
     local_rope_base: float = 10_000.0  # of local layers
     local_window: int = 0  # tokens that a local layer sees to either side; 0: every layer sees all of a segment
-    global_every: int = 3  # where there is a window: layer 0, and after it every so manieth, are not local
+    global_every: int = 3  # where there is a window: layers 0, 3, 6, … are not local
     activation: str = "gelu_tanh"  # gelu_tanh | gelu_erf | relu | silu
     gated_mlp: bool = False  # GeGLU (gelu_erf) and SwiGLU (silu): a second product times the activated one, without biases
     biases: bool = True  # of dense layers; the decoder always has one
     pre_norm: bool = False  # norms before each sublayer and one at the end, instead of behind each sublayer
-    first_norm: bool = (
-        True  # of pre_norm, whether the first sublayer has one (ModernBERT: False, it follows the embeddings')
-    )
+    first_norm: bool = True  # of pre_norm, whether the first sublayer has one too (ModernBERT: False)
     embedding_norm: bool = True
     norm: str = "layer"  # layer | rms
     norm_bias: bool = True  # of layer norms

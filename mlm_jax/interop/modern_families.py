@@ -23,7 +23,7 @@ def _read_modernbert(raw: Mapping[str, Any]) -> dict[str, Any]:
         kinds = _layer_types(raw["num_hidden_layers"], every)
     if list(kinds) != _layer_types(raw["num_hidden_layers"], every):
         raise UserError(
-            f"config.json has layer_types={kinds}, and here the first layer and then every so manieth sees the whole text"
+            f"config.json has layer_types={kinds}, and here the first layer and then one in every few sees the whole text"
         )
     bases = {}
     for kind, old in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):

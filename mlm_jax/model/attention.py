@@ -282,7 +282,10 @@ def _cudnn(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, se
 
 
 def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, sight: Sight) -> jax.Array:
-    """A local layer skips the blocks outside its window. Its blocks are as large: small ones cost more than they skip."""
+    """A local layer skips the blocks outside its window.
+
+    Its blocks are as large as others': by arithmetic, smaller ones would cost more in steps of the grid than they skip.
+    """
     assert sight.causal_B is None, "choose_implementation refuses causal rows"
     # Imported here because Pallas for TPU is of no use, and slow to import, elsewhere.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash

@@ -54,9 +54,8 @@ def sees(segment_ids_BL: jax.Array, causal_B: jax.Array | None, window: int) -> 
     size = block_size(window)
     query_BNL = _blocks(segment_ids_BL, 1, size, _FILL)
     key_BNM = _with_sides(query_BNL, 2, window, _OUTSIDE)
-    distance_LM = (
-        jnp.arange(keys_of_block(window), dtype=jnp.int32)[None] - window - jnp.arange(size, dtype=jnp.int32)[:, None]
-    )
+    places_M = jnp.arange(keys_of_block(window), dtype=jnp.int32) - window
+    distance_LM = places_M[None] - jnp.arange(size, dtype=jnp.int32)[:, None]
     sees_BNLM = query_BNL[..., :, None] == key_BNM[..., None, :]
     sees_BNLM &= (jnp.abs(distance_LM) <= window)[None, None]
     if causal_B is None:
@@ -99,17 +98,14 @@ def _blocks(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
 def _with_sides(blocks: jax.Array, axis: int, window: int, fill: int = 0) -> jax.Array:
     """Blocks of an axis, each with the end of the one before it and the start of the one behind it."""
 
-    def shifted(part: jax.Array, by: int) -> jax.Array:
+    def shifted(part: jax.Array, first: int, last: int) -> jax.Array:
+        """Those blocks' parts, behind or before one of `fill`."""
         padding = [(0, 0)] * part.ndim
-        padding[axis - 1] = (1, 0) if by > 0 else (0, 1)
-        kept = (
-            jax.lax.slice_in_dim(part, 0, -1, axis=axis - 1)
-            if by > 0
-            else jax.lax.slice_in_dim(part, 1, None, axis=axis - 1)
-        )
-        return jnp.pad(kept, padding, constant_values=fill)
+        padding[axis - 1] = (1 - first, first)
+        return jnp.pad(jax.lax.slice_in_dim(part, first, last, axis=axis - 1), padding, constant_values=fill)
 
+    count = blocks.shape[axis - 1]
     size = blocks.shape[axis]
-    before = shifted(jax.lax.slice_in_dim(blocks, size - window, size, axis=axis), 1)
-    behind = shifted(jax.lax.slice_in_dim(blocks, 0, window, axis=axis), -1)
+    before = shifted(jax.lax.slice_in_dim(blocks, size - window, size, axis=axis), 0, count - 1)
+    behind = shifted(jax.lax.slice_in_dim(blocks, 0, window, axis=axis), 1, count)
     return jnp.concatenate([before, blocks, behind], axis)

@@ -9,6 +9,15 @@ from mlm_jax.model.layers import dropout, make_norm, parameter, weight_init
 from mlm_jax.sharding import SHARDING, gather
 
 
+def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
+    """Positions that restart at 0 in every packed segment: int32 [B, L]."""
+    length = segment_ids_BL.shape[1]
+    index_1L = jnp.arange(length, dtype=jnp.int32)[None]
+    previous_BL = jnp.pad(segment_ids_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts_BL = jnp.where(segment_ids_BL != previous_BL, index_1L, 0)
+    return index_1L - jax.lax.cummax(starts_BL, axis=1)
+
+
 def lookup(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
     """Rows of a table, sharded as activations. A vocabulary divided over `tensor` is gathered first."""
     return gather(table_VD, ("tensor",)).at[ids_BL].get(out_sharding=SHARDING.hidden_BLD)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from mlm_jax.config import ComputeConfig, ModelConfig
 from mlm_jax.model.attention import Attention, Sight, choose_implementation
-from mlm_jax.model.embeddings import Embeddings
+from mlm_jax.model.embeddings import Embeddings, segment_positions
 from mlm_jax.model.layers import (
     ACTIVATIONS,
     add_bias,
@@ -20,7 +20,6 @@ from mlm_jax.model.layers import (
     parameter,
     weight_init,
 )
-from mlm_jax.model.positions import segment_positions
 from mlm_jax.model.stack import run_layers
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 

@@ -1,4 +1,4 @@
-"""Where a token stands: counted within its segment, as rotations of queries and keys (RoPE), or as a bias (ALiBi)."""
+"""Where a token stands, without a table: rotations of queries and keys (RoPE), or what is added to scores (ALiBi)."""
 
 import math
 from typing import NamedTuple
@@ -6,15 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
-    """Positions that restart at 0 in every packed segment: int32 [B, L]."""
-    length = segment_ids_BL.shape[1]
-    index_1L = jnp.arange(length, dtype=jnp.int32)[None]
-    previous_BL = jnp.pad(segment_ids_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts_BL = jnp.where(segment_ids_BL != previous_BL, index_1L, 0)
-    return index_1L - jax.lax.cummax(starts_BL, axis=1)
 
 
 class Rotation(NamedTuple):

@@ -10,8 +10,8 @@ import optax
 
 from mlm_jax.config import Config, StageConfig
 from mlm_jax.masking import VocabTables
+from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import collect, ready
-from mlm_jax.model.positions import segment_positions
 from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
 from mlm_jax.sharding import ROWS
 from mlm_jax.train.state import TrainState
