@@ -37,14 +37,17 @@ def train_flops_per_token(cfg: ModelConfig, mean_segment_len: float, predicted_f
         mean_segment_len: as a token sees it, Σs² / Σs over the segments' lengths s: what attention costs per token.
         predicted_fraction: predicted positions per real token, the share that reaches the vocabulary.
     """
-    head = 6 * predicted_fraction * cfg.embedding_dim * (cfg.embed_dim + cfg.vocab_size)
+    transform = cfg.embed_dim if cfg.head_transform else 0
+    head = 6 * predicted_fraction * cfg.embedding_dim * (transform + cfg.vocab_size)
     return encoder_flops_per_token(cfg, mean_segment_len) + head
 
 
 def encoder_flops_per_token(cfg: ModelConfig, mean_segment_len: float) -> float:
-    """`train_flops_per_token` of an encoder without a head."""
-    projections = 4 * cfg.embed_dim**2 + 2 * cfg.embed_dim * cfg.mlp_dim
-    layers = cfg.num_layers * (6 * projections + 12 * cfg.embed_dim * mean_segment_len)
+    """`train_flops_per_token` of an encoder without a head. A local layer's token sees a whole window, or its segment."""
+    projections = 4 * cfg.embed_dim**2 + (3 if cfg.gated_mlp else 2) * cfg.embed_dim * cfg.mlp_dim
+    local = sum(map(cfg.is_local, range(cfg.num_layers)))
+    seen = (cfg.num_layers - local) * mean_segment_len + local * min(mean_segment_len, 2 * cfg.local_window + 1)
+    layers = cfg.num_layers * 6 * projections + 12 * cfg.embed_dim * seen
     return layers + (6 * cfg.embedding_dim * cfg.embed_dim if cfg.embedding_dim != cfg.embed_dim else 0)
 
 

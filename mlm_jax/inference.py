@@ -24,7 +24,7 @@ from mlm_jax.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """What a verb needs of a run that has been trained, on the current mesh."""
+    """What a verb needs of a run that has been trained, on the current mesh, at the stage that it has come to."""
 
     workdir: Workdir
     cfg: Config
@@ -52,7 +52,9 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
         replicated = jax.NamedSharding(mesh, jax.P())
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
         params, step = load_params(workdir, abstract, ema=cfg.optimizer.ema_decay > 0)
-        yield TrainedRun(workdir, cfg, tokenizer, objective, params, step)
+        stage = cfg.stage_of(step)
+        objective = make_objective(cfg, objective.compute, stage, mask_id=tokenizer.mask_id)
+        yield TrainedRun(workdir, cfg.at_stage(stage), tokenizer, objective, params, step)
 
 
 def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,8 @@ import tokenizers
 import torch
 import transformers
 from golden.make_bert_golden import randomise
-from interop_runs import LENGTH, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run
+from golden.neobert import NeoBert
+from interop_runs import LENGTH, MODERNBERT, NEOBERT, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run
 
 from mlm_jax.interop.load import import_folder
 from mlm_jax.interop.save import export_run
@@ -47,7 +48,18 @@ class Case(NamedTuple):
 
 
 ROBERTA = {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+MODERN = {"num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}
+MODERN |= {"bos_token_id": 2, "eos_token_id": 3}
+DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
 THEIRS = {
+    "ModernBERT": Case("ModernBertConfig", "ModernBertForMaskedLM", "wordpiece", MODERN),
+    "ModernBERT, decoder of its own, all layers global, biases of norms": Case(
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        "wordpiece",
+        MODERN | {"tie_word_embeddings": False, "layer_types": ["full_attention"] * 4, "norm_bias": True},
+    ),
+    "DistilBERT": Case("DistilBertConfig", "DistilBertForMaskedLM", "wordpiece", DISTIL),
     "BERT": Case("BertConfig", "BertForMaskedLM", "wordpiece", {}),
     "BERT, gelu_new, decoder of its own": Case(
         "BertConfig", "BertForMaskedLM", "wordpiece", {"hidden_act": "gelu_new", "tie_word_embeddings": False}
@@ -72,6 +84,8 @@ OURS = {
     "decoder of its own": (config(tie_embeddings=False, activation="relu"), {}),
     "narrow tables": (config(table_dim=16, activation="gelu_erf"), {}),
     "span": (config("span"), {}),
+    "as DistilBERT": (config(activation="relu"), {"model_type": "distilbert"}),
+    "ModernBERT": (config(**MODERNBERT), {}),
     "rtd, discriminator": (config("rtd", table_dim=16), {}),
     "rtd, generator": (config("rtd", activation="gelu_erf"), {"network": "generator"}),
 }
@@ -88,7 +102,8 @@ class Differences(NamedTuple):
 def build(name: str, folder: pathlib.Path) -> torch.nn.Module:
     """A random model of theirs, saved with a tokenizer of its kind."""
     case = THEIRS[name]
-    shape = SHAPE | {"max_position_embeddings": LENGTH} | case.fields
+    shape = (SHAPE if "n_layers" not in case.fields else {"vocab_size": 400}) | {"max_position_embeddings": LENGTH}
+    shape |= case.fields
     model = getattr(transformers, case.model)(getattr(transformers, case.config)(**shape)).eval()
     randomise(model, torch.Generator().manual_seed(0))
     model.save_pretrained(folder)
@@ -132,12 +147,14 @@ def load(folder: pathlib.Path, *, detection: bool) -> torch.nn.Module:
 def compare(model: torch.nn.Module, workdir: pathlib.Path, *, detection: bool) -> Differences:
     """Their logits against ours: of a row without padding, of padded rows, and of packed ones against theirs one by one."""
     with torch.no_grad():
-        pad_id = model.config.pad_token_id
-        tokens, segment_ids = rows(model.config.vocab_size, {pad_id}, LENGTHS, pad_id)
+        is_neobert = isinstance(model, NeoBert)
+        pad_id, vocab_size = (0, 400) if is_neobert else (model.config.pad_token_id, model.config.vocab_size)
+        tokens, segment_ids = rows(vocab_size, {pad_id}, LENGTHS, pad_id)
 
         def theirs(tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
             more = {} if mask is None else {"attention_mask": torch.tensor(mask.astype(np.int64))}
-            return model(input_ids=torch.tensor(tokens.astype(np.int64)), **more).logits.numpy()
+            found = model(input_ids=torch.tensor(tokens.astype(np.int64)), **more)
+            return (found if is_neobert else found.logits).numpy()
 
         ours = our_logits(workdir, tokens, segment_ids, detection=detection)
         whole = np.abs(ours[:1] - theirs(tokens[:1])).max()
@@ -169,6 +186,27 @@ def carry_theirs(name: str, base: pathlib.Path) -> tuple[Differences, Difference
     return imported, exported, same
 
 
+def carry_neobert(base: pathlib.Path) -> tuple[Differences, Differences]:
+    """Differences of NeoBERT's formulas, as torch computes them, from ours after the import, and after an export of ours."""
+    shape = {"vocab_size": 400, "num_layers": 2, "num_heads": 4, "width": 48, "eps": 1e-5}
+    model = NeoBert(dim=32, **shape).randomise().eval()
+    (base / "theirs").mkdir(parents=True)
+    names = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 72}
+    settings = {"model_type": "neobert", "vocab_size": 400, "max_length": LENGTH, "norm_eps": 1e-5, **names}
+    (base / "theirs" / "config.json").write_text(json.dumps(settings))
+    weights = {name: weight.detach().numpy() for name, weight in model.tensors().items()}
+    safetensors.numpy.save_file(weights, base / "theirs" / "model.safetensors")
+    build_tokenizer("wordpiece").save_pretrained(base / "theirs")
+    import_folder(base / "theirs", base / "workdir")
+    imported = compare(model, base / "workdir", detection=False)
+    write_random_run(base / "ours", config(**NEOBERT))
+    export_run(base / "ours", base / "out")
+    with torch.no_grad():
+        for name, weight in safetensors.numpy.load_file(base / "out" / "model.safetensors").items():
+            model.tensors()[name].copy_(torch.tensor(weight))
+    return imported, compare(model, base / "ours", detection=False)
+
+
 def carry_ours(name: str, base: pathlib.Path) -> Differences:
     """Differences after the export of a random model of ours."""
     cfg, options = OURS[name]
@@ -188,6 +226,8 @@ def main() -> None:
             imported, exported, same = carry_theirs(name, pathlib.Path(folder) / f"theirs{number}")
             for direction, found, kept in (("import", imported, ""), ("import, export", exported, "yes" if same else "no")):
                 print(f"| {name} | {direction} | {' | '.join(f'{value:.1e}' for value in found)} | {kept} |", flush=True)
+        for direction, found in zip(("import", "export"), carry_neobert(pathlib.Path(folder) / "neobert"), strict=True):
+            print(f"| NeoBERT, formulas in torch | {direction} | {' | '.join(f'{value:.1e}' for value in found)} | |")
         for number, name in enumerate(OURS):
             found = carry_ours(name, pathlib.Path(folder) / f"ours{number}")
             print(f"| ours: {name} | export | {' | '.join(f'{value:.1e}' for value in found)} | |", flush=True)

@@ -20,6 +20,13 @@ TEXTS = ["the cat sat on the mat", "a dog and a cat ran to the house", "the hous
 LENGTH = 24
 SMALL = {"vocab_size": 400, "num_layers": 2, "embed_dim": 32, "num_heads": 4, "mlp_dim": 48, "max_positions": LENGTH}
 
+# Fields that make it a small ModernBERT, whose second and third layer are local, or a small NeoBERT.
+_MODERN = {"positions": "rope", "gated_mlp": True, "biases": False, "pre_norm": True, "norm_eps": 1e-5}
+MODERNBERT = _MODERN | {"first_norm": False, "norm_bias": False, "activation": "gelu_erf", "init_scaled": True}
+MODERNBERT |= {"num_layers": 4, "local_window": 3, "rope_base": 500.0, "local_rope_base": 50.0}
+NEOBERT = _MODERN | {"norm": "rms", "embedding_norm": False, "activation": "silu", "head_transform": False}
+NEOBERT |= {"tie_embeddings": False}
+
 
 @functools.cache
 def small_tokenizer(algorithm: str = "bpe") -> Tokenizer:

@@ -155,7 +155,11 @@ def test_mistakes_are_told_before_anything_runs(arguments: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
-    "change", [{"objective": "rtd"}, {"objective": "span"}, {"model": dataclasses.replace(TINY.model, table_dim=8)}]
+    "change",
+    [
+        *({"objective": name} for name in ("rtd", "span")),
+        *({"model": dataclasses.replace(TINY.model, **fields)} for fields in ({"table_dim": 8}, {"positions": "rope"})),
+    ],
 )
 def test_what_the_peers_are_not_is_not_compared_with_them(change) -> None:
     with pytest.raises(UserError, match="the peers are BERT"):

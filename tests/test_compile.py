@@ -121,6 +121,19 @@ def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension():
     assert line.kernels == line.seconds == line.backward["attention core"]
 
 
+def test_a_kernel_of_a_local_layer_counts_the_blocks_that_it_visits():
+    """Of four blocks of keys each block of queries visits at most three, and of each four blocks of queries three."""
+    heads = "".join(f"  %{name} = bf16[2,4,256,64]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))
+    topology, seconds = topology_of("v5e", (2, 2)), []
+    for grid in ("1,4,4", "1,4,3", "1,3,4"):
+        visits = f"  %blocks = s8[{grid}]{{2,1,0}} parameter(3)\n"
+        kernel = KERNEL.replace("custom-call(%q", "custom-call(%blocks, %blocks, %q")
+        text = "ENTRY %main (q: bf16[2,4,256,64]) -> f32[] {\n" + heads + visits + kernel + "}\n"
+        seconds.append(estimate_step(text, mesh_of(topology, data=4), topology).kernels)
+    assert seconds[0] == pytest.approx(4 * 2 * 4 * 2 * 256 * 256 * 64 / (197e12 / 2))
+    assert seconds[1:] == [pytest.approx(0.75 * seconds[0])] * 2
+
+
 def test_traffic_counts_what_is_sliced_and_updated_and_not_the_whole():
     text = """%fused (a: f32[100,10], b: f32[10], c: s32[]) -> (f32[10], f32[100,10]) {
   %a = f32[100,10]{1,0} parameter(0)

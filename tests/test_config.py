@@ -191,6 +191,14 @@ CHECKS = [
     ("optimizer.ema_decay=1", "ema_decay=1.0 must be in [0, 1)"),
     ("optimizer.learning_rate=0", "optimizer.learning_rate=0.0 must be positive"),
     ("optimizer.schedule=wsd", "needs optimizer.decay_steps"),
+    ("stages[1].schedule=wsd stages[1].learning_rate=1e-4", "the schedule 'wsd' needs optimizer.decay_steps"),
+    (
+        "stages[1].schedule=cosine",
+        "stages[1].schedule='cosine' begins a curve of its own, which needs stages[1].lear",
+    ),
+    ("stages[1].schedule=cosin", "stages[1].schedule='cosin' is none of constant, linear, cosine, inverse_sqrt"),
+    ("stages[1].rope_base=1e5", "stages[1].rope_base=100000.0 with model.positions='learned': only 'rope' has a base"),
+    ("stages[1].rope_base=-1 model.positions=rope", "stages[1].rope_base=-1.0 must be at least 0"),
     ("evaluation.mask_rate=0", "evaluation.mask_rate=0.0 must be in (0, 1)"),
     ("evaluation.mask_rate=1", "evaluation.mask_rate=1.0 must be in (0, 1)"),
     ("masking.rate=0", "masking.rate=0.0 must be in (0, 1)"),
@@ -249,10 +257,22 @@ CHECKS = [
     ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
     ("objective=mlmm", "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid; did you mean 'mlm'?"),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
-    ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu; did you mean"),
+    ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu, silu; did you mean"),
+    ("model.positions=rotary", "model.positions='rotary' is none of learned, rope, alibi"),
+    ("model.norm=rmsnorm", "model.norm='rmsnorm' is none of layer, rms; did you mean 'rms'?"),
+    ("model.rope_base=0", "model.rope_base=0.0 must be positive"),
+    ("model.local_rope_base=-1", "model.local_rope_base=-1.0 must be positive"),
+    ("model.global_every=0", "model.global_every=0 must be positive"),
+    ("model.local_window=-1", "model.local_window=-1 must be at least 0"),
+    ("model.positions=rope model.embed_dim=68 model.table_dim=64", "model.positions='rope' turns pairs of dimensions, and"),
+    ("model.positions=alibi model.local_window=64", "model.positions='alibi' with model.local_window=64: local layers"),
+    ("model.positions=rope model.position_offset=2", "model.position_offset=2 is for a table of positions, and model.posi"),
+    ("model.first_norm=False", "model.first_norm=False with model.pre_norm=False and model.embedding_norm=True"),
+    ("model.first_norm=False model.pre_norm=True model.embedding_norm=False", "the first sublayer can only do without"),
+    ("model.first_norm=False model.pre_norm=True model.num_layers=1", "leaves model.num_layers=1 without any norm before"),
     ("masking.policy=word", "masking.policy='word' is none of token, whole_word, span, ngram, pmi"),
     ("masking.random_from=all", "masking.random_from='all' is none of"),
-    ("optimizer.name=adam", "optimizer.name='adam' is none of adamw, lamb; did you mean 'adamw'?"),
+    ("optimizer.name=adam", "optimizer.name='adam' is none of adamw, stable_adamw, lamb; did you mean 'adamw'?"),
     ("optimizer.schedule=linaer", "did you mean 'linear'?"),
     ("compute.dtype=float16", "compute.dtype='float16' is none of"),
     ("compute.layers=unrolled", "did you mean 'unroll'?"),
@@ -400,6 +420,16 @@ def test_a_mask_rate_of_a_stage_replaces_the_general_one():
     cfg = Config(name="x", masking=MaskingConfig(rate=0.2), stages=(StageConfig(), StageConfig(mask_rate=0.4)))
     assert [cfg.mask_rate(stage) for stage in cfg.stages] == [0.2, 0.4]
     assert math.isclose(cfg.mask_rate(StageConfig()), 0.2)
+
+
+def test_a_stage_changes_the_base_of_rotated_positions_from_there_on(recipe):
+    overrides = ["model.positions=rope", "stages[1].rope_base=160000", "stages[0].steps=30"]
+    cfg = load_config(recipe, overrides)
+    assert [cfg.at_stage(index).model.rope_base for index in (0, 1)] == [10_000.0, 160_000.0]
+    longer = dataclasses.replace(cfg, stages=(*cfg.stages, dataclasses.replace(cfg.stages[1], rope_base=0.0)))
+    assert longer.at_stage(2).model.rope_base == 160_000.0
+    # A checkpoint is of the stage that its last update belongs to.
+    assert [cfg.stage_of(step) for step in (0, 1, 30, 31, 10_000_000)] == [0, 0, 0, 1, 1]
 
 
 def test_a_recipe_of_several_variants_is_given_the_name_behind_the_colon(tmp_path, recipe):

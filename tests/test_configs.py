@@ -54,6 +54,12 @@ SIZES = {
     "gpt_bert_small": (22_431_104, [4_194_304, 4_194_304, 4_194_304]),
     "babylm_strict_small": (25_585_024, [16_384, 16_384, 16_384]),
     "babylm_mini": (5_462_272, [4_096, 4_096]),
+    "modernbert_base": (149_655_232, [*(786_432 * step for step in range(1, 7)), 4_718_592, 4_718_592]),
+    "modernbert_large": (395_881_664, [458_752 * step for step in (1, 3, 5, 7, 9, 11, 11)] + [5_242_880] * 2),
+    "modern_mini": (5_335_552, [2_048, 2_048]),
+    "neobert": (245_136_954, [2_097_152] * 3),
+    "mosaicbert_base": (137_400_384, [524_288]),
+    "distilbert_base": (66_985_530, [2_097_152]),
     **{f"compare_mini:{variant}": (5_462_272, [2_048]) for variant in ("mlm", "whole_word", "diffusion", "hybrid")},
     "compare_mini:span": (5_722_808, [2_048]),
     "compare_mini:rtd": (5_695_553, [2_048]),
@@ -92,6 +98,12 @@ RATES = {
     **{name: {75: 5e-4, 150: 1e-3, 1_575: 5e-4, 3_000: 0.0} for name in ("multilingual_mini", "chem_mini", "code_mini")},
     **{name: {75: 5e-4, 150: 1e-3, 1_575: 5e-4, 3_000: 0.0} for name in names_of("tlm_mini")},
     "protein_mini": {50: 5e-4, 100: 1e-3, 1_050: 5.5e-4, 2_000: 1e-4},
+    "modernbert_base": {3_815: 8e-4, 380_000: 8e-4, 382_742: 3e-4, 435_724: 3e-4, 438_373: 1.5015e-4, 446_320: 3e-7},
+    "modernbert_large": {4_360: 5e-4, 184_159: 5e-4, 184_160: 5e-5, 390_376: 5e-5, 399_914: 5e-8},
+    "modern_mini": {150: 5e-4, 300: 1e-3, 3_150: 5e-4, 6_000: 0.0},
+    "neobert": {1_000: 5e-5, 2_000: 1e-4, 451_000: 5.5e-5, 900_000: 1e-5, 1_050_000: 1e-5},
+    "mosaicbert_base": {2_100: 2.5e-4, 4_200: 5e-4, 37_100: 2.55e-4, 70_000: 1e-5},
+    "distilbert_base": {625: 3e-4, 1_250: 6e-4, 13_125: 3e-4, 25_000: 0.0},
     "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 
@@ -111,23 +123,32 @@ def count_parameters(cfg: config.Config) -> int:
     return total + count_boundary_head(cfg) if cfg.objective == "span" else total
 
 
+def count_norm(model: config.ModelConfig, dim: int) -> int:
+    return 2 * dim if model.norm == "layer" and model.norm_bias else dim
+
+
 def count_embeddings(model: config.ModelConfig) -> int:
-    positions = model.max_positions + model.position_offset
-    return (model.vocab_size + positions + model.num_token_types + 2) * (model.table_dim or model.embed_dim)
+    dim = model.table_dim or model.embed_dim
+    positions = model.max_positions + model.position_offset if model.positions == "learned" else 0
+    tables = (model.vocab_size + positions + model.num_token_types) * dim
+    return tables + (count_norm(model, dim) if model.embedding_norm else 0)
 
 
 def count_layers(model: config.ModelConfig) -> int:
-    dim, norm = model.embed_dim, 2 * model.embed_dim
-    attention = 4 * (dim * dim + dim)
-    mlp = 2 * dim * model.mlp_dim + model.mlp_dim + dim
-    projection = 0 if model.table_dim in (0, dim) else model.table_dim * dim + dim
-    return projection + model.num_layers * (attention + mlp + 2 * norm)
+    dim, norm, bias = model.embed_dim, count_norm(model, model.embed_dim), int(model.biases)
+    attention = 4 * (dim * dim + bias * dim)
+    up = 2 * dim * model.mlp_dim if model.gated_mlp else dim * model.mlp_dim + bias * model.mlp_dim
+    mlp = up + model.mlp_dim * dim + bias * dim
+    projection = 0 if model.table_dim in (0, dim) else model.table_dim * dim + bias * dim
+    norms = 2 * model.num_layers + model.pre_norm - (not model.first_norm)
+    return projection + model.num_layers * (attention + mlp) + norms * norm
 
 
 def count_head(model: config.ModelConfig) -> int:
     table_dim = model.table_dim or model.embed_dim
     untied = 0 if model.tie_embeddings else model.vocab_size * table_dim
-    return model.embed_dim * table_dim + 3 * table_dim + model.vocab_size + untied
+    transform = (model.embed_dim + model.biases) * table_dim + count_norm(model, table_dim)
+    return (transform if model.head_transform else 0) + model.vocab_size + untied
 
 
 def count_discriminator(model: config.ModelConfig) -> int:
@@ -293,6 +314,31 @@ def test_electras_networks_have_the_published_sizes(name):
     assert generator.num_layers == cfg.model.num_layers and generator.vocab_size == cfg.model.vocab_size
 
 
+def test_modern_encoders_have_the_published_sizes():
+    """By the shapes of the published weights: with the head, and without the decoder in the last two."""
+    assert [round(count_parameters(load(name)) / 1e6) for name in ("modernbert_base", "modernbert_large")] == [150, 396]
+    neobert = load("neobert")
+    assert count_parameters(neobert) - count_head(neobert.model) == 221_665_536
+    distilbert = load("distilbert_base").model
+    assert count_embeddings(distilbert) + count_layers(distilbert) == 66_362_880
+
+
+def test_modernberts_phases():
+    for name, first, second in (("modernbert_base", 1.719e12, 8), ("modernbert_large", 1.7e12, 9)):
+        cfg = load(name)
+        tokens = [stage.steps * stage.batch_size * stage.seq_len for stage in cfg.stages]
+        np.testing.assert_allclose([sum(tokens[:-2]), *tokens[-2:]], [first, 250e9, 50e9], rtol=1e-3)
+        assert [stage.seq_len for stage in cfg.stages] == [1024] * (second - 2) + [8192] * 2
+        bases = [cfg.at_stage(index).model.rope_base for index in range(second)]
+        assert bases == [10_000.0] * (second - 2) + [160_000.0] * 2
+        # A pattern that begins and ends with a global layer.
+        kinds = [cfg.model.is_local(layer) for layer in range(cfg.model.num_layers)]
+        assert kinds[0] == kinds[-1] is False and kinds.count(False) == (cfg.model.num_layers - 1) // 3 + 1
+    # The batch grows over 50 billion tokens.
+    growing = [stage.steps * stage.batch_size * stage.seq_len for stage in load("modernbert_base").stages[:5]]
+    np.testing.assert_allclose(growing, 10e9, rtol=1e-3)
+
+
 def test_variants_of_one_comparison_differ_in_what_is_learned_alone():
     variants = [load(name) for name in names_of("compare_mini")]
     assert len({cfg.name for cfg in variants}) == len(variants)
@@ -300,7 +346,13 @@ def test_variants_of_one_comparison_differ_in_what_is_learned_alone():
         assert len({getattr(cfg, field) for cfg in variants}) == 1
 
 
-@pytest.mark.parametrize("name", ["electra_small", "electra_large", "compare_mini:rtd", "compare_mini:span"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("electra_small", "electra_large", "compare_mini:rtd", "compare_mini:span", "modernbert_base", "modernbert_large"),
+        *("neobert", "mosaicbert_base", "distilbert_base", "modern_mini"),
+    ],
+)
 def test_the_networks_are_built_as_they_are_counted(name):
     cfg = load(name)
     with jax.set_mesh(make_mesh(config.ShardingConfig(), jax.devices()[:1])):

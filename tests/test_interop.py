@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-from interop_runs import LENGTH, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run
+from interop_runs import LENGTH, MODERNBERT, NEOBERT, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run
 from test_golden import golden
 
 from mlm_jax.cli import main
@@ -55,6 +55,26 @@ FROZEN = {
         ELECTRA | {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2},
     ),
     "discriminator": ("electra", "discriminator/", ELECTRA),
+    "distilbert": (
+        "distilbert",
+        "",
+        {"model_type": "distilbert", "vocab_size": 72, "dim": 24, "n_layers": 2, "n_heads": 4, "hidden_dim": 40}
+        | {"activation": "gelu", "max_position_embeddings": 20, "pad_token_id": 0, "dropout": 0.1},
+    ),
+    "modernbert": (
+        "modernbert",
+        "",
+        {"model_type": "modernbert", "vocab_size": 72, "hidden_size": 24, "num_hidden_layers": 4, "norm_eps": 1e-5}
+        | {"num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 20, "hidden_activation": "gelu"}
+        | {"global_attn_every_n_layers": 3, "local_attention": 8, "global_rope_theta": 200.0, "local_rope_theta": 30.0}
+        | {"classifier_activation": "gelu", "norm_bias": False, "pad_token_id": 0, "transformers_version": "5.24.0"},
+    ),
+    "neobert": (
+        "neobert",
+        "",
+        {"model_type": "neobert", "vocab_size": 72, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"intermediate_size": 60, "dim_head": 6, "max_length": 20, "norm_eps": 1e-5, "pad_token_id": 0},
+    ),
 }
 
 
@@ -69,7 +89,10 @@ def frozen_tensors(name: str) -> dict[str, np.ndarray]:
             for key, array in arrays.items()
             if key.startswith("generator/weight/embeddings.")
         }
-    return {(f"{file}." if key.startswith(("embeddings", "encoder.")) else "") + key: short[key] for key in short}
+    is_short = file in ("bert", "roberta", "electra")  # these were kept without the prefix
+    return {
+        (f"{file}." if is_short and key.startswith(("embeddings", "encoder.")) else "") + key: short[key] for key in short
+    }
 
 
 def write_folder(folder: pathlib.Path, config: dict, tensors: dict[str, np.ndarray], vocab_size: int = 72) -> pathlib.Path:
@@ -131,7 +154,8 @@ def test_a_frozen_model_there_and_back(name, tmp_path):
     # Float32 through two layers, in two orders of summation; the logits reach 4.
     np.testing.assert_allclose(logits[real], expected[real], atol=1e-4, rtol=0)
 
-    export_run(tmp_path / "workdir", tmp_path / "out")
+    # A distilbert is a bert too, of one token type.
+    export_run(tmp_path / "workdir", tmp_path / "out", model_type="distilbert" if name == "distilbert" else None)
     before, after = frozen_tensors(name), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[key].tobytes() == after[key].tobytes() and before[key].shape == after[key].shape for key in before)
@@ -149,8 +173,10 @@ def test_a_frozen_model_there_and_back(name, tmp_path):
         (config(num_token_types=2, tie_embeddings=False), {}),
         (config(num_token_types=2, table_dim=16, activation="gelu_erf"), {}),
         (config("rtd", num_token_types=2, table_dim=16), {"fresh": True}),
+        (config(**MODERNBERT), {}),
+        (config(**NEOBERT), {}),
     ],
-    ids=["bert", "roberta", "untied", "narrow", "rtd"],
+    ids=["bert", "roberta", "untied", "narrow", "rtd", "modernbert", "neobert"],
 )
 def test_a_run_of_ours_there_and_back(cfg, options, tmp_path):
     """The same architecture, tokenizer, logits and bytes; and no part of a folder is left when it is not whole."""
@@ -166,6 +192,7 @@ def test_a_run_of_ours_there_and_back(cfg, options, tmp_path):
     np.testing.assert_array_equal(before, after)
     with open_run(tmp_path / "again") as run:
         names = ("vocab_size", "num_layers", "embedding_dim", "position_offset", "num_token_types", "activation", "norm_eps")
+        names += ("positions", "rope_base", "local_rope_base", "local_window", "global_every", "max_positions", "mlp_dim")
         assert all(getattr(run.cfg.model, name) == getattr(cfg.model, name) for name in names)
         for text in TEXTS[:4]:
             assert run.tokenizer.encode(text).tolist() == small_tokenizer().encode(text).tolist()
@@ -313,13 +340,16 @@ def test_what_pre_training_does_without_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "t5"}, "model_type='t5', and only bert, roberta, xlm-roberta, electra can be imported"),
+        (
+            {"model_type": "t5"},
+            "model_type='t5', and only bert, roberta, xlm-roberta, electra, distilbert, modernbert, n",
+        ),
         ({"model_type": "robert"}, "did you mean 'roberta'"),
         ({"rotary_dim": 8}, "config.json has rotary_dim=8, a field of which is not known whether it changes what bert"),
         ({"hidden_sizes": 24}, "hidden_sizes=24, .* did you mean 'hidden_size'"),
         ({"position_embedding_type": "relative_key"}, "'relative_key', and only 'absolute' is computed here"),
         ({"is_decoder": True}, "is_decoder=True, and only False is computed here"),
-        ({"hidden_act": "silu"}, "hidden_act='silu', and only gelu, .* are computed here"),
+        ({"hidden_act": "tanh"}, "hidden_act='tanh', and only gelu, .* are computed here"),
         ({"num_hidden_layers": "two"}, r"model\.num_layers='two' is not a whole number"),
         ({"num_attention_heads": 5}, r"model\.embed_dim=24 is no multiple of model\.num_heads=5"),
         ({"vocab_size": 71}, "the tokenizer has 72 ids and the model 71: they do not belong together"),
@@ -334,6 +364,35 @@ def test_a_config_that_cannot_be_imported(fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
+        ("modernbert", {"attention_bias": True}, "attention_bias=True, and only False is computed here"),
+        ("modernbert", {"mlp_dropout": 0.1}, r"mlp_dropout=0\.1, and only 0\.0 is computed here"),
+        (
+            "modernbert",
+            {"hidden_act": "gelu"},
+            "hidden_act='gelu', a field of which .* mean 'hidden_activation'",
+        ),
+        ("modernbert", {"classifier_activation": "relu"}, "classifier_activation='relu' and hidden_activation='gelu', and"),
+        ("modernbert", {"rope_scaling": {"factor": 2.0}}, "rope_scaling=.*, and only None is computed here"),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4}}},
+            "rope_parameters.full_attention=.*yarn.* and only rope_theta is computed here",
+        ),
+        (
+            "modernbert",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"][::-1]},
+            "layer_types=.*the first layer and then one in every few sees the whole text",
+        ),
+        ("modernbert", {"local_attention": "wide"}, "config.json is none of a modernbert"),
+        (
+            "modernbert",
+            {"num_hidden_layers": 3},
+            r"the tensor model\.layers\.3\.\S+ is unexpected in a modernbert",
+        ),
+        ("neobert", {"hidden_act": "gelu"}, "hidden_act='gelu', and only 'SwiGLU' is computed here"),
+        ("neobert", {"rms_norm": False}, "rms_norm=False, and only True is computed here"),
+        ("neobert", {"intermediate_size": 96}, r"ffn\.w3\.weight is \[24, 40\], and by config.json it is \[24, 64\]"),
+        ("distilbert", {"hidden_size": 24}, "hidden_size=24, a field of which is not known whether it changes what distil"),
         ("roberta", {"hidden_act": "gelu_new"}, "the masked-language-model head of roberta is gelu_erf whatever"),
         ("roberta", {"pad_token_id": 2}, "has pad_token_id=2, and the tokenizer's is 0: they do not belong together"),
         ("roberta", {"pad_token_id": None}, "roberta counts positions from behind the first, a whole number"),
@@ -407,6 +466,12 @@ def test_nothing_is_overwritten(tmp_path):
         (config(), {"model_type": "roberta"}, "'gelu_tanh', but the masked-language-model head of roberta is gelu_erf"),
         (config(table_dim=16), {"model_type": "bert"}, "this model's are 16 wide and projected to 32: use electra"),
         (config(table_dim=16), {}, "'gelu_tanh', but the masked-language-model head of electra is gelu_erf"),
+        (config(positions="alibi"), {}, "model.positions='alibi', and bert computes with 'learned'"),
+        (config(gated_mlp=True), {}, "model.gated_mlp=True, and bert computes with False"),
+        (config(), {"model_type": "modernbert"}, "model.positions='learned', and modernbert computes with 'rope'"),
+        (config(num_token_types=2), {"model_type": "distilbert"}, "num_token_types=2, and distilbert computes with 0"),
+        (config(norm_eps=1e-5), {"model_type": "distilbert"}, "norm_eps=1e-05, and distilbert computes with 1e-12"),
+        (config(**NEOBERT | {"mlp_dim": 44}), {}, "mlp_dim=44 is no multiple of 8, as every neobert's is"),
         (config("rtd"), {"model_type": "bert"}, "--model-type=bert has no class that detects replaced tokens"),
     ],
 )

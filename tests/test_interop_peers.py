@@ -45,6 +45,11 @@ def test_a_model_of_ours(name, tmp_path):
     assert max(parity.carry_ours(name, tmp_path)) < LIMIT
 
 
+def test_neobert_by_its_formulas_in_torch(tmp_path):
+    imported, exported = parity.carry_neobert(tmp_path)
+    assert max(imported) < LIMIT and max(exported) < LIMIT
+
+
 def test_the_comparison_can_fail(tmp_path):
     parity.build("BERT", tmp_path / "theirs")
     import_folder(tmp_path / "theirs", tmp_path / "workdir")

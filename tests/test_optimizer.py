@@ -182,7 +182,58 @@ def test_lamb_rescales_each_layer_of_each_decaying_tensor_and_nothing_else():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), new, wanted)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_stable_adamw_by_hand():
+    # Corrected moments 0.5 and 0.25: the ratio √(0.25 / 0.25) is 1. Then v = 0.1 · 0.25 + 0.9 · 4 over its correction, and
+    # the gradient of 2 is larger than that, so that update and decay are divided by the ratio.
+    cfg = constant(name="stable_adamw", learning_rate=0.1, b1=0.5, b2=0.9, weight_decay=0.01)
+    params, grads = {"kernel": jnp.ones(1)}, [{"kernel": jnp.array([0.5])}, {"kernel": jnp.array([2.0])}]
+    first = 1 - 0.1 * (0.5 / (0.5 + 1e-6) + 0.01)
+    m, v = (0.5 * 0.25 + 0.5 * 2.0) / (1 - 0.5**2), (0.9 * 0.1 * 0.25 + 0.1 * 4.0) / (1 - 0.9**2)
+    ratio = math.sqrt(4.0 / v)
+    second = first - 0.1 / ratio * (m / (math.sqrt(v) + 1e-6) + 0.01 * first)
+    assert ratio > 1.3
+    np.testing.assert_allclose(run(cfg, params, grads[:1])["kernel"], first, rtol=1e-5)
+    np.testing.assert_allclose(run(cfg, params, grads)["kernel"], second, rtol=1e-5)
+
+
+def test_each_layer_is_stabilised_by_itself():
+    params = {"layers": {"up_DF": jnp.ones((2, 3, 4))}, "head": jnp.ones((2, 3, 4))}
+    small, large = np.full((3, 4), 0.1, np.float32), np.full((3, 4), 5.0, np.float32)
+    grads = [
+        jax.tree.map(lambda _: np.stack([small, small]), params),
+        jax.tree.map(lambda _: np.stack([small, large]), params),
+    ]
+    fields = {"learning_rate": 0.1, "b1": 0.0, "b2": 0.9, "weight_decay": 0.0}
+    stable, plain = (run(constant(name=name, **fields), params, grads) for name in ("stable_adamw", "adamw"))
+    layers = np.asarray(stable["layers"]["up_DF"] - plain["layers"]["up_DF"])
+    assert np.abs(layers[0]).max() < 1e-6 and np.abs(layers[1]).min() > 1e-3
+    # A tensor that is no stack is slowed down as a whole.
+    assert np.abs(np.asarray(stable["head"] - plain["head"])).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw"])
+def test_decay_at_the_peak_is_a_share_of_its_own(name):
+    """Where the rate is at its peak a step takes the share, and half of that at half of the rate; of a second peak too."""
+    stages = (config.StageConfig(steps=10), config.StageConfig(steps=10, learning_rate=1e-5, warmup_steps=2))
+    cfg = make_config(name=name, stages=stages, learning_rate=1e-2, weight_decay=0.1, decay_at_peak=True, clip_norm=0.0)
+    params, zeros = {"kernel": jnp.ones(1)}, {"kernel": jnp.zeros(1)}
+    values = [float(run(cfg, params, [zeros] * steps)["kernel"][0]) for steps in range(14)]
+    # Linear from the peak at update 0 to 0 at 10, then warm-up over two updates.
+    shares = [1.0 - step / 10 for step in range(10)] + [0.0, 0.5, 1.0]
+    expected = np.cumprod([1.0, *(1.0 - 0.1 * share for share in shares)])
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_a_non_finite_update_leaves_the_moments_of_stable_adamw():
+    cfg = constant(name="stable_adamw")
+    transform, params = optimizer.make_optimizer(cfg), {"kernel": jnp.ones(2)}
+    state = transform.update({"kernel": jnp.ones(2)}, transform.init(params), params)[1]
+    _, after = transform.update({"kernel": jnp.full(2, jnp.nan)}, state, params, finite=False)
+    adam, same = (jax.tree.leaves(each[0][0]) for each in (state, after))
+    assert all((a == b).all() for a, b in zip(adam, same, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lamb"])
 def test_sharded_updates_equal_replicated_ones(name):
     params, gradients = make_tree(0), [make_tree(1), make_tree(2)]
     cfg = make_config(name=name, learning_rate=0.1, bias_correction=name == "lamb")
@@ -223,6 +274,8 @@ def rates(cfg: config.Config, steps: list[int]) -> list[float]:
         ({"schedule": "inverse_sqrt"}, {5: 0.5, 10: 1.0, 40: 0.5, 90: 1 / 3}),
         ({"schedule": "inverse_sqrt", "end_factor": 0.4}, {40: 0.5, 90: 0.4}),
         ({"schedule": "wsd", "decay_steps": 20}, {5: 0.5, 10: 1.0, 80: 1.0, 90: 0.5, 100: 0.0}),
+        ({"schedule": "one_minus_sqrt", "warmup_steps": 0}, {0: 1.0, 25: 0.5, 64: 0.2, 100: 0.0, 120: 0.0}),
+        ({"schedule": "one_minus_sqrt", "end_factor": 0.1}, {5: 0.5, 10: 1.0, 32.5: 0.55, 100: 0.1}),
         ({"schedule": "linear", "warmup_steps": 0}, {0: 1.0, 50: 0.5, 100: 0.0}),
     ],
 )
@@ -240,6 +293,17 @@ def test_a_curve_spans_stages_until_one_restarts_it():
     cfg = make_config(stages=stages, learning_rate=1e-3, warmup_steps=10)
     expected = {0: 0.0, 10: 1e-3, 55: 5e-4, 99: 1e-3 / 90, 100: 0.0, 105: 3e-4, 150: 0.0, 1000: 0.0}
     np.testing.assert_allclose(rates(cfg, list(expected)), list(expected.values()), atol=1e-9)
+
+
+def test_a_stage_that_restarts_the_curve_may_choose_another():
+    stages = (
+        config.StageConfig(steps=50),
+        config.StageConfig(steps=50, learning_rate=4e-4),
+        config.StageConfig(steps=100, learning_rate=4e-4, schedule="one_minus_sqrt"),
+    )
+    cfg = make_config(stages=stages, schedule="constant", learning_rate=1e-3, warmup_steps=10, end_factor=0.25)
+    expected = {5: 5e-4, 49: 1e-3, 50: 4e-4, 99: 4e-4, 100: 4e-4, 125: 2.5e-4, 200: 1e-4}
+    np.testing.assert_allclose(rates(cfg, list(expected)), list(expected.values()), rtol=1e-5)
 
 
 def test_a_first_stage_may_set_the_peak():

@@ -24,6 +24,7 @@ from mlm_jax.data.loader import batches
 from mlm_jax.data.mixture import training_rows
 from mlm_jax.data.ngrams import read_ngrams
 from mlm_jax.errors import UserError
+from mlm_jax.interop.fields import differences
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
@@ -71,8 +72,11 @@ def run_bench(
         if value < 1:
             raise UserError(f"--{name}={value} must be positive")
     if peer is not None:
-        if cfg.objective != "mlm" or cfg.model.table_dim:
-            raise UserError(f"--peer={peer}: the peers are BERT, with objective 'mlm' and model.table_dim=0; leave it out")
+        if cfg.objective != "mlm" or cfg.model.table_dim or differences(cfg.model, "bert"):
+            raise UserError(
+                f"--peer={peer}: the peers are BERT, with objective 'mlm', model.table_dim=0 and nothing that came later: "
+                "leave it out"
+            )
         check_installed(peer)
         # The peer needs memory of the same device, of which JAX would else take three quarters when it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

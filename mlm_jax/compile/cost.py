@@ -34,7 +34,8 @@ def kernel_flops(one: Instruction, module: Module) -> tuple[float, int] | None:
     """An attention kernel's floating-point operations and its head dimension, or None for a kernel that is not known."""
     name = one.attribute("custom_call_target") if "__cudnn$" in one.attributes else one.name
     products = next((count for prefix, count in KERNEL_PRODUCTS.items() if name.startswith(prefix)), None)
-    shapes = [shape for operand in one.operands for _, shape in array_shapes(module.result_of(operand))]
+    arrays = [array for operand in one.operands for array in array_shapes(module.result_of(operand))]
+    shapes = [shape for _, shape in arrays]
     heads = [shape for shape in shapes if len(shape) == 4]
     if products is None or len(heads) < 2:
         return None
@@ -42,7 +43,10 @@ def kernel_flops(one: Instruction, module: Module) -> tuple[float, int] | None:
         products += 1  # dQ as well
     # Splash takes [B, H, L, K], cuDNN [B, L, H, K].
     keys = heads[1][2] if name.startswith("splash") else heads[1][1]
-    return products * 2.0 * math.prod(heads[0]) * keys, heads[0][-1]
+    # Splash is told which blocks of keys each block of queries visits: of a local layer [1, blocks, a few].
+    grids = [shape[1:] for kind, shape in arrays if kind == "s8" and len(shape) == 3]
+    visited = math.prod(grids[0]) / max(grids[0]) ** 2 if name.startswith("splash") and grids else 1.0
+    return products * 2.0 * math.prod(heads[0]) * keys * visited, heads[0][-1]
 
 
 def product_flops(one: Instruction, module: Module) -> float:

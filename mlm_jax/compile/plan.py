@@ -17,6 +17,7 @@ from mlm_jax.compile.program import compile_step, count_parameters
 from mlm_jax.compile.topology import Topology
 from mlm_jax.config import Config, ModelConfig, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
+from mlm_jax.model.blocks import keys_of_block
 from mlm_jax.model.encoder import Compute
 from mlm_jax.sharding import make_mesh
 
@@ -115,9 +116,12 @@ def needed_bytes(
     # Whole along the rows' axes: the copy in the compute dtype and the gradient's sum.
     state = parameters * (held + (2 + 4) / (divided if sharding.fsdp > 1 else sharding.tensor))
     tokens = stage.batch_size * stage.seq_len * sharding.tensor / (devices * candidate.accumulation)
-    kept = KEPT[candidate.remat, candidate.layers] * (model.embed_dim + model.mlp_dim) / 5 / sharding.tensor
+    width = model.embed_dim + (2 if model.gated_mlp else 1) * model.mlp_dim
+    kept = KEPT[candidate.remat, candidate.layers] * width / 5 / sharding.tensor
     if attention == "xla" and candidate.remat == "none":
-        kept += SCORE_BYTES * model.num_heads * stage.seq_len / sharding.tensor
+        local = sum(map(model.is_local, range(model.num_layers))) / model.num_layers
+        keys = (1 - local) * stage.seq_len + local * min(stage.seq_len, keys_of_block(model.local_window))
+        kept += SCORE_BYTES * model.num_heads * keys / sharding.tensor
     one_layer = KEPT["none", "unroll"] * model.embed_dim
     return state + tokens * (model.num_layers * kept + one_layer)
 

@@ -22,6 +22,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "model.max_positions",
         "model.norm_eps",
         "model.init_std",
+        "model.rope_base",
+        "model.local_rope_base",
+        "model.global_every",
         "optimizer.learning_rate",
         "optimizer.eps",
         "stages.steps",
@@ -45,6 +48,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "model.position_offset",
         "model.num_token_types",
         "model.table_dim",
+        "model.local_window",
         "rtd.generator_weight",
         "rtd.discriminator_weight",
         "optimizer.warmup_steps",
@@ -55,6 +59,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "stages.learning_rate",
         "stages.warmup_steps",
         "train.max_epochs",
+        "stages.rope_base",
         "evaluation.every",
         "masking.schedule_start",
         "masking.schedule_steps",
@@ -180,6 +185,7 @@ def _check_model(cfg: Config) -> None:
     )
     if cfg.objective == "rtd":
         _check_generator(cfg)
+    _check_architecture(cfg)
     for axis, fields in (("tensor", ("num_heads", "mlp_dim", "vocab_size")), ("fsdp", ("embed_dim", "table_dim"))):
         for where, network in cfg.networks.items():
             for name in fields:
@@ -197,11 +203,39 @@ def _check_generator(cfg: Config) -> None:
     )
 
 
+def _check_architecture(cfg: Config) -> None:
+    model = cfg.model
+    for where, network in cfg.networks.items():
+        _require(
+            model.positions != "rope" or network.head_dim % 2 == 0,
+            f"model.positions='rope' turns pairs of dimensions, and {where}heads have {network.head_dim}: choose "
+            "embed_dim and num_heads so that it is even",
+        )
+        _require(
+            model.first_norm or network.num_layers > 1,
+            f"model.first_norm=False leaves {where}num_layers=1 without any norm before attention: use 2 layers or more",
+        )
+    _require(
+        model.positions != "alibi" or model.local_window == 0,
+        f"model.positions='alibi' with model.local_window={model.local_window}: local layers are for 'rope' and 'learned'",
+    )
+    _require(
+        model.positions == "learned" or model.position_offset == 0,
+        f"model.position_offset={model.position_offset} is for a table of positions, and model.positions="
+        f"{model.positions!r} has none: leave it out",
+    )
+    _require(
+        model.first_norm or (model.pre_norm and model.embedding_norm),
+        f"model.first_norm=False with model.pre_norm={model.pre_norm} and model.embedding_norm={model.embedding_norm}: the "
+        "first sublayer can only do without a norm before it where the embeddings have one",
+    )
+
+
 def _check_training(cfg: Config) -> None:
     optimizer = cfg.optimizer
     _require(
-        optimizer.schedule != "wsd" or optimizer.decay_steps > 0,
-        "optimizer.schedule='wsd' needs optimizer.decay_steps > 0",
+        "wsd" not in (optimizer.schedule, *(stage.schedule for stage in cfg.stages)) or optimizer.decay_steps > 0,
+        "the schedule 'wsd' needs optimizer.decay_steps > 0",
     )
 
 
@@ -249,6 +283,18 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
         stage.batch_size % stage.accumulation == 0,
         f"{where}.batch_size={stage.batch_size} is no multiple of {where}.accumulation={stage.accumulation}",
     )
+    _require(
+        stage.schedule in ("", *_SCHEDULES),
+        f"{where}.schedule={stage.schedule!r} is none of {', '.join(_SCHEDULES)}{nearest(stage.schedule, _SCHEDULES)}",
+    )
+    _require(
+        not stage.schedule or stage.learning_rate > 0,
+        f"{where}.schedule={stage.schedule!r} begins a curve of its own, which needs {where}.learning_rate, its peak",
+    )
+    _require(
+        stage.rope_base == 0 or cfg.model.positions == "rope",
+        f"{where}.rope_base={stage.rope_base} with model.positions={cfg.model.positions!r}: only 'rope' has a base",
+    )
     rate, spread = cfg.mask_rate(stage), cfg.masking.rate_spread
     _require(spread < rate < 1 - spread, f"{where}.mask_rate={rate} with masking.rate_spread={spread} leaves (0, 1)")
     rates = [rate] if stage.mask_rate else [rate, cfg.masking.final_rate]
@@ -286,16 +332,19 @@ def _check_hybrid(cfg: Config) -> None:
             )
 
 
+_SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "one_minus_sqrt", "wsd")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("mlm", "span", "rtd", "diffusion", "hybrid"),
     "tokenizer.algorithm": ("unigram", "bpe", "characters", "regex", "code", "pretrained"),
-    "model.activation": ("gelu_tanh", "gelu_erf", "relu"),
+    "model.activation": ("gelu_tanh", "gelu_erf", "relu", "silu"),
+    "model.positions": ("learned", "rope", "alibi"),
+    "model.norm": ("layer", "rms"),
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),
     "rtd.embedding_sharing": ("tied", "disentangled"),
-    "optimizer.name": ("adamw", "lamb"),
-    "optimizer.schedule": ("constant", "linear", "cosine", "inverse_sqrt", "wsd"),
+    "optimizer.name": ("adamw", "stable_adamw", "lamb"),
+    "optimizer.schedule": _SCHEDULES,
     "compute.dtype": ("auto", "float32", "bfloat16"),
     "compute.layers": ("auto", "scan", "unroll"),
     "compute.remat": ("none", "dots", "full"),

@@ -56,12 +56,26 @@ class ModelConfig:
     max_positions: int = 512
     position_offset: int = 0  # RoBERTa: 2, its tables start after the padding id
     num_token_types: int = 0  # BERT: 2; 0 leaves the table out
-    activation: str = "gelu_tanh"  # gelu_tanh | gelu_erf | relu
+    positions: str = "learned"  # learned (a table) | rope | alibi
+    rope_base: float = 10_000.0  # of layers that see all of a segment; a stage may change it
+    local_rope_base: float = 10_000.0  # of local layers
+    local_window: int = 0  # tokens that a local layer sees to either side; 0: every layer sees all of a segment
+    global_every: int = 3  # where there is a window: layers 0, 3, 6, … are not local
+    activation: str = "gelu_tanh"  # gelu_tanh | gelu_erf | relu | silu
+    gated_mlp: bool = False  # GeGLU (gelu_erf) and SwiGLU (silu): a second product times the activated one, without biases
+    biases: bool = True  # of dense layers; the decoder always has one
+    pre_norm: bool = False  # norms before each sublayer and one at the end, instead of behind each sublayer
+    first_norm: bool = True  # of pre_norm, whether the first sublayer has one too (ModernBERT: False)
+    embedding_norm: bool = True
+    norm: str = "layer"  # layer | rms
+    norm_bias: bool = True  # of layer norms
     norm_eps: float = 1e-12
+    head_transform: bool = True  # whether a dense layer, activation and norm stand before the decoder
     dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
     init_truncated: bool = True  # BERT: truncated normal; Hugging Face and RoBERTa: plain normal
+    init_scaled: bool = False  # Megatron and ModernBERT: kernels onto the residual stream at init_std / √(2 · num_layers)
     tie_embeddings: bool = True
 
     @property
@@ -72,6 +86,10 @@ class ModelConfig:
     def embedding_dim(self) -> int:
         """The width of the embedding tables."""
         return self.table_dim or self.embed_dim
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer's tokens see only `local_window` of their segment to either side."""
+        return self.local_window > 0 and layer % self.global_every != 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +173,9 @@ class HybridConfig:
 class OptimizerConfig:
     """The update rule and the learning-rate curve over the whole run (a stage may restart it)."""
 
-    name: str = "adamw"  # adamw | lamb
+    name: str = "adamw"  # adamw | stable_adamw | lamb
     learning_rate: float = 1e-4  # peak
-    schedule: str = "linear"  # constant | linear | cosine | inverse_sqrt | wsd
+    schedule: str = "linear"  # constant | linear | cosine | inverse_sqrt | one_minus_sqrt | wsd
     warmup_steps: int = 0
     decay_steps: int = 0  # wsd only: length of the final decay
     end_factor: float = 0.0  # final learning rate as a fraction of the peak
@@ -165,6 +183,7 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-6
     weight_decay: float = 0.01
+    decay_at_peak: bool = False  # weight_decay is the share that a step takes at the peak; else it is times the rate
     decay_embeddings: bool = True
     decay_norms_and_biases: bool = False  # fairseq's RoBERTa: True
     bias_correction: bool = True  # BERT's own Adam: False
@@ -182,8 +201,10 @@ class StageConfig:
     accumulation: int = 1  # micro-batches that a step is split into
     learning_rate: float = 0.0  # above 0: the schedule restarts in this stage with this peak
     warmup_steps: int = 0  # of a restarted schedule
+    schedule: str = ""  # of a restarted schedule; empty: optimizer.schedule
     mask_rate: float = 0.0  # above 0: replaces masking.rate in this stage
     weights: tuple[float, ...] = ()  # one for each of data.sources, in their order: replaces their weights in this stage
+    rope_base: float = 0.0  # above 0: replaces model.rope_base from this stage on (ModernBERT's extension to 8,192: 160,000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +287,15 @@ class Config:
     def first_step(self, stage: int) -> int:
         """The updates done before the stage of this index."""
         return sum(earlier.steps for earlier in self.stages[:stage])
+
+    def stage_of(self, step: int) -> int:
+        """The index of the stage that the last of these updates belongs to."""
+        return max(index for index in range(len(self.stages)) if index == 0 or self.first_step(index) < step)
+
+    def at_stage(self, stage: int) -> "Config":
+        """The same with the model's positions as they are rotated in the stage of this index."""
+        bases = [each.rope_base for each in self.stages[: stage + 1] if each.rope_base]
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, rope_base=bases[-1])) if bases else self
 
     @property
     def networks(self) -> dict[str, ModelConfig]:

@@ -26,7 +26,8 @@ from mlm_jax.config.conversion import nearest
 from mlm_jax.data.atomic import new_folder
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
-from mlm_jax.interop.fields import FAMILIES, family_of, read_model
+from mlm_jax.interop.families import FAMILIES
+from mlm_jax.interop.fields import family_of, read_model
 from mlm_jax.interop.recipe import RECIPE, write_recipe
 from mlm_jax.interop.tensors import NAMES, Layout, is_unused, layout, their_tensors, to_params
 from mlm_jax.interop.tokenizer_files import read_tokenizer

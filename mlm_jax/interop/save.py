@@ -14,7 +14,8 @@ from mlm_jax.config import ModelConfig
 from mlm_jax.data.atomic import new_folder
 from mlm_jax.errors import UserError
 from mlm_jax.inference import TrainedRun, open_run
-from mlm_jax.interop.fields import FAMILIES, choose_family, write_model
+from mlm_jax.interop.families import FAMILIES
+from mlm_jax.interop.fields import choose_family, write_model
 from mlm_jax.interop.tensors import layout, to_tensors
 from mlm_jax.interop.tokenizer_files import write_tokenizer
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
@@ -92,13 +93,15 @@ def _network(run: TrainedRun, wanted: str | None) -> tuple[str, ModelConfig, Any
 
 def _as_theirs(model: ModelConfig, params: Any, model_type: str, pad_id: int) -> tuple[ModelConfig, Any]:
     """The same function with the tables that a family has: of token types, and of positions with its rows of no use."""
+    if model.positions != "learned":
+        return model, params
     embeddings = dict(params["encoder"]["embeddings"])
     table = embeddings["positions_LD"]
     offset = pad_id + 1 if FAMILIES[model_type].positions_follow_padding else 0
     unused = np.zeros((max(0, offset - model.position_offset), table.shape[1]), np.float32)
     embeddings["positions_LD"] = np.concatenate([unused, table[max(0, model.position_offset - offset) :]])
-    if not model.num_token_types:
-        embeddings["token_types_TD"] = np.zeros((1, table.shape[1]), np.float32)
-    types = max(1, model.num_token_types)
+    types = model.num_token_types
+    if not types and "type_vocab_size" in FAMILIES[model_type].fields:
+        embeddings["token_types_TD"], types = np.zeros((1, table.shape[1]), np.float32), 1
     changed = dataclasses.replace(model, position_offset=offset, num_token_types=types)
     return changed, params | {"encoder": params["encoder"] | {"embeddings": embeddings}}

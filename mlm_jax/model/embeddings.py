@@ -1,11 +1,11 @@
-"""Input embeddings: token, learned position and optional token-type tables, then norm and dropout."""
+"""Input embeddings: a token table and optional ones of positions and token types, then norm and dropout."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax.config import ModelConfig
-from mlm_jax.model.layers import LayerNorm, dropout, parameter, weight_init
+from mlm_jax.model.layers import dropout, make_norm, parameter, weight_init
 from mlm_jax.sharding import SHARDING, gather
 
 
@@ -29,11 +29,13 @@ class Embeddings(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         init, dim = weight_init(cfg), cfg.embedding_dim
         self.tokens_VD = parameter(rngs, init, (cfg.vocab_size, dim), SHARDING.embedding_VD)
-        positions = cfg.max_positions + cfg.position_offset
-        self.positions_LD = parameter(rngs, init, (positions, dim), SHARDING.table)
+        if cfg.positions == "learned":
+            positions = cfg.max_positions + cfg.position_offset
+            self.positions_LD = parameter(rngs, init, (positions, dim), SHARDING.table)
         if cfg.num_token_types:
             self.token_types_TD = parameter(rngs, init, (cfg.num_token_types, dim), SHARDING.table)
-        self.norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
+        if cfg.embedding_norm:
+            self.norm = make_norm(cfg, dim, rngs=rngs)
         self.cfg = cfg
 
     def __call__(
@@ -47,8 +49,10 @@ class Embeddings(nnx.Module):
         """Hidden states [B, L, D] in the compute dtype; token types default to 0."""
         with jax.named_scope("embedding"):
             hidden_BLD = lookup(self.tokens_VD[...], tokens_BL)
-            hidden_BLD += lookup(self.positions_LD[...], positions_BL + self.cfg.position_offset)
+            if self.cfg.positions == "learned":
+                hidden_BLD += lookup(self.positions_LD[...], positions_BL + self.cfg.position_offset)
             if self.cfg.num_token_types:
                 types_BL = jnp.zeros_like(tokens_BL) if token_types_BL is None else token_types_BL
                 hidden_BLD += lookup(self.token_types_TD[...], types_BL)
-            return dropout(self.norm(hidden_BLD.astype(dtype)), self.cfg.dropout, key)
+            hidden_BLD = hidden_BLD.astype(dtype)
+            return dropout(self.norm(hidden_BLD) if self.cfg.embedding_norm else hidden_BLD, self.cfg.dropout, key)

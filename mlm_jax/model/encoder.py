@@ -1,7 +1,6 @@
-"""The encoder: embeddings, then a stack of transformer blocks, scanned or unrolled over stacked parameters."""
+"""The encoder: embeddings, then a stack of transformer blocks."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,9 +8,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax.config import ComputeConfig, ModelConfig
-from mlm_jax.model.attention import KERNEL_RESULTS, Attention, choose_implementation
+from mlm_jax.model.attention import Attention, Sight, choose_implementation
 from mlm_jax.model.embeddings import Embeddings, segment_positions
-from mlm_jax.model.layers import ACTIVATIONS, DENSE_RESULTS, LayerNorm, add_bias, dense, dropout, parameter, weight_init
+from mlm_jax.model.layers import (
+    ACTIVATIONS,
+    add_bias,
+    bias_parameter,
+    dense,
+    dropout,
+    make_norm,
+    parameter,
+    weight_init,
+)
+from mlm_jax.model.stack import run_layers
 from mlm_jax.segments import attended
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
 
@@ -42,53 +51,67 @@ class Compute:
 
 
 class Mlp(nnx.Module):
-    """Two dense layers with an activation between."""
+    """Two dense layers with an activation between; or, gated, the activated product times another one (GLU)."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        init, zeros = weight_init(cfg), jax.nn.initializers.zeros
+        init = weight_init(cfg)
         self.up_DF = parameter(rngs, init, (cfg.embed_dim, cfg.mlp_dim), SHARDING.up_DF)
-        self.up_bias_F = parameter(rngs, zeros, (cfg.mlp_dim,), SHARDING.up_bias_F)
-        self.down_FD = parameter(rngs, init, (cfg.mlp_dim, cfg.embed_dim), SHARDING.down_FD)
-        self.down_bias_D = parameter(rngs, zeros, (cfg.embed_dim,), SHARDING.vector)
-        self.activation = cfg.activation
+        if cfg.gated_mlp:
+            self.gate_DF = parameter(rngs, init, (cfg.embed_dim, cfg.mlp_dim), SHARDING.up_DF)
+        else:
+            self.up_bias_F = bias_parameter(cfg, rngs, (cfg.mlp_dim,), SHARDING.up_bias_F)
+        residual = weight_init(cfg, residual=True)
+        self.down_FD = parameter(rngs, residual, (cfg.mlp_dim, cfg.embed_dim), SHARDING.down_FD)
+        self.down_bias_D = bias_parameter(cfg, rngs, (cfg.embed_dim,), SHARDING.vector)
+        self.activation, self.gated = cfg.activation, cfg.gated_mlp
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.activation]
         up_BLF = dense(hidden_BLD, self.up_DF[...], SHARDING.mlp_BLF)
-        up_BLF = ACTIVATIONS[self.activation](add_bias(up_BLF, self.up_bias_F[...], (2,)))
+        if self.gated:
+            up_BLF *= activation(dense(hidden_BLD, self.gate_DF[...], SHARDING.mlp_BLF))
+        else:
+            up_BLF = activation(add_bias(up_BLF, self.up_bias_F, (2,)))
         out_BLD = dense(up_BLF, self.down_FD[...], SHARDING.hidden_BLD)
-        return add_bias(out_BLD, self.down_bias_D[...], (2,))
+        return add_bias(out_BLD, self.down_bias_D, (2,))
 
 
 class Block(nnx.Module):
-    """A post-norm transformer block: each sublayer's output is dropped out, added, then normalised (BERT)."""
+    """A transformer block: each sublayer's output is dropped out and added, and normalised before or behind it.
+
+    Behind it, as BERT does, the sum is; before it, what goes into the sublayer.
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(cfg, rngs=rngs)
-        self.attention_norm = LayerNorm(cfg.embed_dim, cfg.norm_eps, rngs=rngs)
+        self.attention_norm = make_norm(cfg, cfg.embed_dim, rngs=rngs)
         self.mlp = Mlp(cfg, rngs=rngs)
-        self.mlp_norm = LayerNorm(cfg.embed_dim, cfg.norm_eps, rngs=rngs)
-        self.dropout = cfg.dropout
+        self.mlp_norm = make_norm(cfg, cfg.embed_dim, rngs=rngs)
+        self.dropout, self.pre_norm = cfg.dropout, cfg.pre_norm
 
-    def __call__(
-        self,
-        hidden_BLD: jax.Array,
-        segment_ids_BL: jax.Array,
-        key: jax.Array | None,
-        implementation: str,
-        causal_B: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, hidden_BLD: jax.Array, sight: Sight, key: jax.Array | None, *, normed: bool = False) -> jax.Array:
+        """The next hidden states.
+
+        Args:
+            normed: whether these need no norm before the attention.
+        """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
         with jax.named_scope("attention"):
-            mixed_BLD = self.attention(hidden_BLD, segment_ids_BL, keys[0], implementation, causal_B)
-            mixed_BLD = dropout(mixed_BLD, self.dropout, keys[1])
-        hidden_BLD = self.attention_norm(hidden_BLD + mixed_BLD)
+            input_BLD = self.attention_norm(hidden_BLD) if self.pre_norm and not normed else hidden_BLD
+            mixed_BLD = dropout(self.attention(input_BLD, sight, keys[0]), self.dropout, keys[1])
+        hidden_BLD = hidden_BLD + mixed_BLD
+        if not self.pre_norm:
+            hidden_BLD = self.attention_norm(hidden_BLD)
         with jax.named_scope("mlp"):
-            mlp_BLD = dropout(self.mlp(hidden_BLD), self.dropout, keys[2])
-        return self.mlp_norm(hidden_BLD + mlp_BLD)
+            input_BLD = self.mlp_norm(hidden_BLD) if self.pre_norm else hidden_BLD
+            mlp_BLD = dropout(self.mlp(input_BLD), self.dropout, keys[2])
+        hidden_BLD = hidden_BLD + mlp_BLD
+        return hidden_BLD if self.pre_norm else self.mlp_norm(hidden_BLD)
 
 
 class Encoder(nnx.Module):
-    """Source: BERT (Devlin et al., 2019) and RoBERTa (Liu et al., 2019), by the fields of `ModelConfig`.
+    """BERT (Devlin et al., 2019), RoBERTa (Liu et al., 2019), ModernBERT (Warner et al., 2024), NeoBERT (Le Breton et al.,
+    2025) and what lies between them, by the fields of `ModelConfig`.
 
     Tables of another width than the model's are projected to it after their norm (google-research/electra:modeling.py).
     """
@@ -99,9 +122,13 @@ class Encoder(nnx.Module):
             # TensorFlow's default, which ELECTRA keeps here.
             glorot, shape = jax.nn.initializers.glorot_uniform(), (cfg.embedding_dim, cfg.embed_dim)
             self.projection_ED = parameter(rngs, glorot, shape, SHARDING.transform_DD)
-            self.projection_bias_D = parameter(rngs, jax.nn.initializers.zeros, shape[1:], SHARDING.vector)
+            self.projection_bias_D = bias_parameter(cfg, rngs, shape[1:], SHARDING.vector)
         keys_N = jax.random.split(rngs.params(), cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys_N)
+        if cfg.pre_norm:
+            if not cfg.first_norm:
+                self.layers.attention_norm = jax.tree.map(lambda leaf: leaf[1:], self.layers.attention_norm)
+            self.final_norm = make_norm(cfg, cfg.embed_dim, rngs=rngs)
         self.cfg, self.compute = cfg, compute
 
     def __call__(
@@ -135,31 +162,26 @@ class Encoder(nnx.Module):
             causal_rows=causal_B is not None,
         )
         keys = None if key is None else jax.random.split(key, cfg.num_layers + 1)
+        positions_BL = segment_positions(segment_ids_BL)
         hidden_BLD = self.embeddings(
-            tokens_BL,
-            segment_positions(segment_ids_BL),
-            token_types_BL,
-            None if keys is None else keys[-1],
-            compute.dtype,
+            tokens_BL, positions_BL, token_types_BL, None if keys is None else keys[-1], compute.dtype
         )
         if cfg.embedding_dim != cfg.embed_dim:
             hidden_BLD = dense(hidden_BLD, self.projection_ED[...], SHARDING.hidden_BLD)
-            hidden_BLD = add_bias(hidden_BLD, self.projection_bias_D[...], (2,))
-        layer_keys_N = None if keys is None else keys[:-1]
+            hidden_BLD = add_bias(hidden_BLD, self.projection_bias_D, (2,))
+        segments_BL = attended(segment_ids_BL)
+        sees_all, sees_window = (
+            Sight.of(cfg, implementation, segments_BL, causal_B, positions_BL, local=local) for local in (False, True)
+        )
 
-        def apply(hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, None]:
-            block, layer_key = layer
-            block = gather(block, ("fsdp",))
-            return block(hidden_BLD, attended(segment_ids_BL), layer_key, implementation, causal_B), None
+        def apply(index: int, hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> jax.Array:
+            block, layer_key = gather(layer[0], ("fsdp",)), layer[1]
+            sight = sees_window if cfg.is_local(index) else sees_all
+            return block(hidden_BLD, sight, layer_key, normed=index == 0 and not cfg.first_norm)
 
-        # Within a scan nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.
-        apply = _rematerialise(apply, compute.remat, prevent_cse=not compute.scan_layers)
-        stacked = (self.layers, layer_keys_N)
-        if compute.scan_layers:
-            return jax.lax.scan(apply, hidden_BLD, stacked)[0]
-        for layer in _unstack(stacked, cfg.num_layers):
-            hidden_BLD, _ = apply(hidden_BLD, layer)
-        return hidden_BLD
+        stacked = (self.layers, None if keys is None else keys[:-1])
+        hidden_BLD = run_layers(apply, hidden_BLD, stacked, cfg, scan=compute.scan_layers, remat=compute.remat)
+        return self.final_norm(hidden_BLD) if cfg.pre_norm else hidden_BLD
 
 
 def ready(params: Any, dtype: jnp.dtype) -> Any:
@@ -181,29 +203,3 @@ def collect(params: Any) -> Any:
         return gather(leaf, REPLICAS if "layers" in jax.tree_util.keystr(path) else ROWS)
 
     return jax.tree_util.tree_map_with_path(whole, params)
-
-
-def _rematerialise(apply, policy: str, *, prevent_cse: bool):  # type: ignore[no-untyped-def]  # a function to a function of the same type
-    if policy == "none":
-        return apply
-    saveable = {
-        # A kernel's results are no dots; recomputing them would cost a third of attention.
-        "dots": jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(KERNEL_RESULTS, DENSE_RESULTS),
-        ),
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }[policy]
-    return functools.partial(jax.checkpoint, policy=saveable, prevent_cse=prevent_cse)(apply)
-
-
-def _unstack(stacked, count: int):  # type: ignore[no-untyped-def]  # any pytree
-    """The layers of a stacked pytree. Splitting once makes the gradient one concatenation, not `count` padded sums."""
-    leaves, structure = jax.tree.flatten(stacked)
-
-    def split(leaf: jax.Array) -> list[jax.Array]:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return [leaf[index] for index in range(count)]
-        return [part.squeeze(0) for part in jax.lax.split(leaf, [1] * count)]
-
-    return [jax.tree.unflatten(structure, parts) for parts in zip(*map(split, leaves), strict=True)]

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mlm_jax.config import ModelConfig, SpanBoundaryConfig
 from mlm_jax.model.embeddings import lookup
-from mlm_jax.model.layers import ACTIVATIONS, LayerNorm, add_bias, dense, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, add_bias, bias_parameter, dense, make_norm, parameter, weight_init
 from mlm_jax.sharding import SHARDING
 
 
@@ -18,16 +18,19 @@ def gather_positions(hidden_BLD: jax.Array, positions_BP: jax.Array) -> jax.Arra
 class MaskedLanguageHead(nnx.Module):
     """Dense, activation, layer norm, then the decoder (the embedding table when tied) and a bias of its own.
 
-    The dense layer goes to the width of the embedding table.
+    The dense layer goes to the width of the embedding table. Without a transform (NeoBERT) the decoder is all.
 
     Source: google-research/bert:run_pretraining.py (get_masked_lm_output).
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         init, zeros, dim = weight_init(cfg), jax.nn.initializers.zeros, cfg.embedding_dim
-        self.transform_DD = parameter(rngs, init, (cfg.embed_dim, dim), SHARDING.transform_DD)
-        self.transform_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
-        self.norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
+        if cfg.head_transform:
+            # ModernBERT draws it as what is added to the residual stream.
+            transform = weight_init(cfg, residual=True)
+            self.transform_DD = parameter(rngs, transform, (cfg.embed_dim, dim), SHARDING.transform_DD)
+            self.transform_bias_D = bias_parameter(cfg, rngs, (dim,), SHARDING.vector)
+            self.norm = make_norm(cfg, dim, rngs=rngs)
         if not cfg.tie_embeddings:
             self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, dim), SHARDING.embedding_VD)
         self.output_bias_V = parameter(rngs, zeros, (cfg.vocab_size,), SHARDING.output_bias_V)
@@ -36,9 +39,11 @@ class MaskedLanguageHead(nnx.Module):
     def __call__(self, hidden_BPD: jax.Array, embedding_VD: jax.Array) -> jax.Array:
         """Logits [B, P, V] in float32, sharded over the vocabulary where the mesh has a tensor axis."""
         with jax.named_scope("head"):
-            x_BPD = dense(hidden_BPD, self.transform_DD[...], SHARDING.hidden_BLD)
-            x_BPD = ACTIVATIONS[self.cfg.activation](add_bias(x_BPD, self.transform_bias_D[...], (2,)))
-            x_BPD = self.norm(x_BPD)
+            x_BPD = hidden_BPD
+            if self.cfg.head_transform:
+                x_BPD = dense(x_BPD, self.transform_DD[...], SHARDING.hidden_BLD)
+                x_BPD = ACTIVATIONS[self.cfg.activation](add_bias(x_BPD, self.transform_bias_D, (2,)))
+                x_BPD = self.norm(x_BPD)
             decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
             return decode(x_BPD, decoder_VD, self.output_bias_V[...])
 
@@ -58,12 +63,12 @@ class SpanBoundaryHead(nnx.Module):
         self.right_DD = parameter(rngs, init, (dim, dim), SHARDING.transform_DD)
         self.positions_TE = parameter(rngs, init, (span.max_targets, span.position_dim), SHARDING.table)
         self.position_ED = parameter(rngs, init, (span.position_dim, dim), SHARDING.table)
-        self.first_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
-        self.first_norm = LayerNorm(dim, cfg.norm_eps, rngs=rngs)
+        self.first_bias_D = bias_parameter(cfg, rngs, (dim,), SHARDING.vector)
+        self.first_norm = make_norm(cfg, dim, rngs=rngs)
         table = cfg.embedding_dim
         self.second_DE = parameter(rngs, init, (dim, table), SHARDING.transform_DD)
-        self.second_bias_E = parameter(rngs, zeros, (table,), SHARDING.vector)
-        self.second_norm = LayerNorm(table, cfg.norm_eps, rngs=rngs)
+        self.second_bias_E = bias_parameter(cfg, rngs, (table,), SHARDING.vector)
+        self.second_norm = make_norm(cfg, table, rngs=rngs)
         if not cfg.tie_embeddings:
             self.decoder_VD = parameter(rngs, init, (cfg.vocab_size, table), SHARDING.embedding_VD)
         self.output_bias_V = parameter(rngs, zeros, (cfg.vocab_size,), SHARDING.output_bias_V)
@@ -81,9 +86,9 @@ class SpanBoundaryHead(nnx.Module):
             activation = ACTIVATIONS[self.cfg.activation]
             x_BPD = _dense(left_BPD, self.left_DD) + _dense(right_BPD, self.right_DD)
             x_BPD += _dense(lookup(self.positions_TE[...], offsets_BP), self.position_ED)
-            x_BPD = self.first_norm(activation(add_bias(x_BPD, self.first_bias_D[...], (2,))))
+            x_BPD = self.first_norm(activation(add_bias(x_BPD, self.first_bias_D, (2,))))
             x_BPE = _dense(x_BPD, self.second_DE)
-            x_BPE = self.second_norm(activation(add_bias(x_BPE, self.second_bias_E[...], (2,))))
+            x_BPE = self.second_norm(activation(add_bias(x_BPE, self.second_bias_E, (2,))))
             decoder_VD = embedding_VD if self.cfg.tie_embeddings else self.decoder_VD[...]
             return decode(x_BPE, decoder_VD, self.output_bias_V[...])
 
@@ -110,7 +115,7 @@ class DetectionHead(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dim, zeros, glorot = cfg.embed_dim, jax.nn.initializers.zeros, jax.nn.initializers.glorot_uniform()
         self.transform_DD = parameter(rngs, weight_init(cfg), (dim, dim), SHARDING.transform_DD)
-        self.transform_bias_D = parameter(rngs, zeros, (dim,), SHARDING.vector)
+        self.transform_bias_D = bias_parameter(cfg, rngs, (dim,), SHARDING.vector)
         self.output_D1 = parameter(rngs, glorot, (dim, 1), SHARDING.table)
         self.output_bias_1 = parameter(rngs, zeros, (1,), SHARDING.vector)
         self.activation = cfg.activation
@@ -119,7 +124,7 @@ class DetectionHead(nnx.Module):
         """Logits [B, L] in float32."""
         with jax.named_scope("head"):
             x_BLD = dense(hidden_BLD, self.transform_DD[...], SHARDING.hidden_BLD)
-            x_BLD = ACTIVATIONS[self.activation](add_bias(x_BLD, self.transform_bias_D[...], (2,)))
+            x_BLD = ACTIVATIONS[self.activation](add_bias(x_BLD, self.transform_bias_D, (2,)))
             logits_BL1 = jnp.einsum(
                 "BLD,DO->BLO",
                 x_BLD,

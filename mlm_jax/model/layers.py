@@ -1,6 +1,7 @@
 """The pieces that every part of the encoder shares: layer norm, dropout, activations, initialisers."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # google-research/bert
     "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),  # ELECTRA, SpanBERT, Hugging Face's "gelu"
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 
 
@@ -24,12 +26,22 @@ def parameter(rngs: nnx.Rngs, init: Callable[..., jax.Array], shape: tuple[int, 
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=spec)
 
 
-def weight_init(cfg: ModelConfig) -> Callable[..., jax.Array]:
-    """The initialiser of every kernel and table; google-research/bert truncates at two deviations."""
+def bias_parameter(cfg: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], spec: jax.P) -> nnx.Param[jax.Array] | None:
+    """The bias of a dense layer, 0 at first, where the architecture has them."""
+    return parameter(rngs, jax.nn.initializers.zeros, shape, spec) if cfg.biases else None
+
+
+def weight_init(cfg: ModelConfig, *, residual: bool = False) -> Callable[..., jax.Array]:
+    """The initialiser of every kernel and table; google-research/bert truncates at two deviations.
+
+    Args:
+        residual: whether what the kernel makes is added to the residual stream, as twice in each layer.
+    """
+    std = cfg.init_std / math.sqrt(2 * cfg.num_layers) if residual and cfg.init_scaled else cfg.init_std
     if cfg.init_truncated:
         # BERT's TensorFlow initialiser is not rescaled for the truncation; JAX's neither: `stddev` is the untruncated one.
-        return jax.nn.initializers.truncated_normal(stddev=cfg.init_std)
-    return jax.nn.initializers.normal(stddev=cfg.init_std)
+        return jax.nn.initializers.truncated_normal(stddev=std)
+    return jax.nn.initializers.normal(stddev=std)
 
 
 def along(param: jax.Array, like: jax.Array, *dimensions: int) -> jax.Array:
@@ -68,20 +80,24 @@ _ROWS_OF_ONES = 8  # a power of two, so that its inverse is exact
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def add_bias(x: jax.Array, bias: jax.Array, dimensions: tuple[int, ...]) -> jax.Array:
-    """An activation, in its dtype, and a bias that lies along these dimensions of it."""
+def _add_bias(x: jax.Array, bias: jax.Array, dimensions: tuple[int, ...]) -> jax.Array:
     return x + along(bias.astype(x.dtype), x, *dimensions)
 
 
 def _add_bias_forward(x: jax.Array, bias: jax.Array, dimensions: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    return add_bias(x, bias, dimensions), bias
+    return _add_bias(x, bias, dimensions), bias
 
 
 def _add_bias_backward(dimensions: tuple[int, ...], bias: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     return grad, sum_onto(grad.astype(bias.dtype), bias, *dimensions)
 
 
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def add_bias(x: jax.Array, bias: nnx.Param[jax.Array] | jax.Array | None, dimensions: tuple[int, ...]) -> jax.Array:
+    """An activation, in its dtype, and a bias that lies along these dimensions of it, where there is one."""
+    return x if bias is None else _add_bias(x, bias[...], dimensions)
 
 
 DENSE_RESULTS = "dense"  # what a rematerialisation policy calls them: it does not see a product with its own gradient
@@ -131,47 +147,65 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation with statistics in float32 whatever the input's dtype."""
+    """Layer normalisation with statistics in float32 whatever the input's dtype; RMSNorm is the one that is not centred."""
 
-    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs, centred: bool = True, bias: bool = True):
         self.scale_D = parameter(rngs, jax.nn.initializers.ones, (dim,), SHARDING.vector)
-        self.bias_D = parameter(rngs, jax.nn.initializers.zeros, (dim,), SHARDING.vector)
-        self.eps = eps
+        self.bias_D = parameter(rngs, jax.nn.initializers.zeros, (dim,), SHARDING.vector) if bias else None
+        self.eps, self.centred = eps, centred
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
         with jax.named_scope("norm"):
-            return _layer_norm(hidden_BLD, self.scale_D[...], self.bias_D[...], self.eps)
+            bias_D = None if self.bias_D is None else self.bias_D[...]
+            return _layer_norm(hidden_BLD, self.scale_D[...], bias_D, self.eps, self.centred)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
-    return _layer_norm_forward(x_BLD, scale_D, bias_D, eps)[0]
+def make_norm(cfg: ModelConfig, dim: int, *, rngs: nnx.Rngs) -> LayerNorm:
+    """The norm that a config asks for."""
+    centred = cfg.norm == "layer"
+    return LayerNorm(dim, cfg.norm_eps, rngs=rngs, centred=centred, bias=centred and cfg.norm_bias)
 
 
-def _layer_norm_forward(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> tuple[jax.Array, Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float, centred: bool) -> jax.Array:
+    return _layer_norm_forward(x_BLD, scale_D, bias_D, eps, centred)[0]
+
+
+def _layer_norm_forward(
+    x_BLD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float, centred: bool
+) -> tuple[jax.Array, Any]:
     """Keeps its input and two numbers a token for the backward pass, where autodiff would keep float32 activations."""
     wide_BLD = x_BLD.astype(jnp.float32)
-    mean_BL1 = wide_BLD.mean(-1, keepdims=True)
-    if x_BLD.dtype == jnp.bfloat16:
+    mean_BL1 = wide_BLD.mean(-1, keepdims=True) if centred else None
+    if mean_BL1 is None:
+        variance_BL1 = jnp.square(wide_BLD).mean(-1, keepdims=True)
+    elif x_BLD.dtype == jnp.bfloat16:
         # In one pass over the input, whose own rounding is far above that of a difference of float32 squares.
         variance_BL1 = jnp.maximum(jnp.square(wide_BLD).mean(-1, keepdims=True) - jnp.square(mean_BL1), 0.0)
     else:
         variance_BL1 = jnp.square(wide_BLD - mean_BL1).mean(-1, keepdims=True)
     inverse_BL1 = jax.lax.rsqrt(variance_BL1 + eps)
-    normed_BLD = (wide_BLD - mean_BL1) * inverse_BL1
-    out_BLD = normed_BLD * along(scale_D, wide_BLD, 2) + along(bias_D, wide_BLD, 2)
-    return out_BLD.astype(x_BLD.dtype), (x_BLD, mean_BL1, inverse_BL1, scale_D)
+    normed_BLD = (wide_BLD if mean_BL1 is None else wide_BLD - mean_BL1) * inverse_BL1
+    out_BLD = normed_BLD * along(scale_D, wide_BLD, 2)
+    if bias_D is not None:
+        out_BLD = out_BLD + along(bias_D, wide_BLD, 2)
+    return out_BLD.astype(x_BLD.dtype), (x_BLD, mean_BL1, inverse_BL1, scale_D, bias_D)
 
 
-def _layer_norm_backward(eps: float, kept: Any, grad_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _layer_norm_backward(
+    eps: float, centred: bool, kept: Any, grad_BLD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     with jax.named_scope("norm"):
-        x_BLD, mean_BL1, inverse_BL1, scale_D = kept
-        normed_BLD = (x_BLD.astype(jnp.float32) - mean_BL1) * inverse_BL1
+        x_BLD, mean_BL1, inverse_BL1, scale_D, bias_D = kept
+        wide_BLD = x_BLD.astype(jnp.float32)
+        normed_BLD = (wide_BLD - mean_BL1 if centred else wide_BLD) * inverse_BL1
         scaled_BLD = grad_BLD.astype(jnp.float32) * along(scale_D, normed_BLD, 2)
         along_normed_BL1 = (scaled_BLD * normed_BLD).mean(-1, keepdims=True)
-        x_grad_BLD = inverse_BL1 * (scaled_BLD - scaled_BLD.mean(-1, keepdims=True) - normed_BLD * along_normed_BL1)
+        rest_BLD = scaled_BLD - scaled_BLD.mean(-1, keepdims=True) if centred else scaled_BLD
+        x_grad_BLD = inverse_BL1 * (rest_BLD - normed_BLD * along_normed_BL1)
         scale_grad_D = sum_onto((grad_BLD * normed_BLD).astype(x_BLD.dtype), scale_D, 2)
-        return x_grad_BLD.astype(x_BLD.dtype), scale_grad_D, sum_onto(grad_BLD, scale_D, 2)
+        x_grad_BLD = x_grad_BLD.astype(x_BLD.dtype)
+        return x_grad_BLD, scale_grad_D, None if bias_D is None else sum_onto(grad_BLD, scale_D, 2)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

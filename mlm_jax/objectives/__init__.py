@@ -32,8 +32,8 @@ def make_objective(cfg: Config, compute: Compute, stage: int = 0, *, mask_id: in
 
     Args:
         stage: the index of the stage that it trains. It decides masking rates and numbers of predictions, which only
-            `loss` sees; parameters, logits and evaluation are those of any stage.
+            `loss` sees, and by which base positions are rotated; parameters are those of any stage.
         mask_id: what the tokenizer calls [MASK], for the `logits` of an objective that never predicts it.
     """
-    objective = OBJECTIVES[cfg.objective](cfg, compute, stage)
+    objective = OBJECTIVES[cfg.objective](cfg.at_stage(stage), compute, stage)
     return dataclasses.replace(objective, mask_id=mask_id) if isinstance(objective, MaskedDiffusion) else objective

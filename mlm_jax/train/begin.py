@@ -16,7 +16,8 @@ from mlm_jax.workdir import Workdir
 
 logger = logging.getLogger(__name__)
 
-_ONLY_FOR_TRAINING = ("dropout", "attention_dropout", "init_std", "init_truncated")
+# What a run may change of the model that it begins with: what is only for training, and how positions are rotated.
+_MAY_DIFFER = ("dropout", "attention_dropout", "init_std", "init_truncated", "init_scaled", "rope_base", "local_rope_base")
 
 
 def begin(state: TrainState, objective: Objective, tokenizer: Tokenizer) -> TrainState:
@@ -51,7 +52,7 @@ def begin(state: TrainState, objective: Objective, tokenizer: Tokenizer) -> Trai
 
 def _check_models(cfg: Config, theirs: Config) -> None:
     for field in dataclasses.fields(ModelConfig):
-        if field.name in _ONLY_FOR_TRAINING:
+        if field.name in _MAY_DIFFER or (field.name == "max_positions" and cfg.model.positions != "learned"):
             continue
         wanted, found = getattr(cfg.model, field.name), getattr(theirs.model, field.name)
         if wanted != found:

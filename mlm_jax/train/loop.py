@@ -145,11 +145,15 @@ class _Run:
         }
         self.bytes_V = place(token_bytes(corpus.tokenizer, cfg.model.vocab_size), jax.P())
         self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-        self.objective = make_objective(cfg, self.compute, mask_id=corpus.tokenizer.mask_id)
-        self.eval_step = make_eval_step(cfg, self.objective)
-        self.filler = Filler(self.objective, corpus.tokenizer)
+        self._measure_as(0)
         self.last_time, self.last_step, self.tracing = 0.0, 0, False
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
+
+    def _measure_as(self, stage: int) -> None:
+        """Evaluates and fills masks with the model as it is in this stage."""
+        self.objective = make_objective(self.cfg, self.compute, stage, mask_id=self.corpus.tokenizer.mask_id)
+        self.eval_step = make_eval_step(self.cfg, self.objective)
+        self.filler = Filler(self.objective, self.corpus.tokenizer)
 
     def train(self) -> None:
         if jax.process_count() > 1:
@@ -184,6 +188,8 @@ class _Run:
         self, index: int, stage: StageConfig, rows: Examples, state: TrainState, first: int, last: int, seen: Any
     ) -> TrainState:
         cfg, began = self.cfg, self.cfg.first_step(index)
+        if cfg.at_stage(index).model != self.objective.cfg.model:
+            self._measure_as(index)
         objective = make_objective(cfg, self.compute, index)
         train_step = make_train_step(
             cfg, stage, objective, self.optimizer, self.schedule, first_step=began, sources=rows.ranges

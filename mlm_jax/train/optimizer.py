@@ -1,10 +1,10 @@
-"""The update rule (AdamW, LAMB) and the learning-rate curve over a whole run, put together from optax.
+"""The update rule (AdamW, StableAdamW, LAMB) and the learning-rate curve over a whole run, put together from optax.
 
 Called by `train.loop`. What decays is decided by a parameter's name: layers are stacked, so ranks do not tell.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,49 +16,67 @@ from mlm_jax.errors import UserError
 STACKED = "layers"  # the subtree whose leaves hold one tensor per layer along their first axis
 
 
+class Curve(NamedTuple):
+    """A learning-rate curve over some stages: where it starts, how long it is, and what it is."""
+
+    start: int
+    steps: int
+    peak: float
+    warmup_steps: int
+    schedule: str
+
+
+def curves(cfg: Config) -> list[Curve]:
+    """The curves of a run. One spans the stages up to the next that sets its own `learning_rate`, where a new one begins."""
+    found: list[Curve] = []
+    current = Curve(0, 0, cfg.optimizer.learning_rate, cfg.optimizer.warmup_steps, cfg.optimizer.schedule)
+    for stage in cfg.stages:
+        if stage.learning_rate > 0:
+            found.append(current)
+            schedule = stage.schedule or cfg.optimizer.schedule
+            current = Curve(current.start + current.steps, 0, stage.learning_rate, stage.warmup_steps, schedule)
+        current = current._replace(steps=current.steps + stage.steps)
+    return [curve for curve in (*found, current) if curve.steps]
+
+
 def learning_rate(cfg: Config) -> optax.Schedule:
     """The learning rate of each update, counted from 0 over all stages.
 
-    A curve spans the stages up to the next one that sets its own `learning_rate`, where a new curve begins. Warm-up is
-    linear from 0, so the first update of a curve with warm-up changes nothing but the moments, as in BERT's own code.
+    Warm-up is linear from 0, so the first update of a curve with warm-up changes nothing but the moments, as in BERT's own
+    code.
 
     Raises:
         UserError: a 'wsd' curve is shorter than its warm-up and decay together.
     """
-    curves: list[optax.Schedule] = []
-    starts: list[int] = []
-    peak, warmup_steps = cfg.optimizer.learning_rate, cfg.optimizer.warmup_steps
-    start = end = 0
-    for stage in cfg.stages:
-        if stage.learning_rate > 0:
-            if end > start:
-                curves.append(_curve(cfg.optimizer, peak, warmup_steps, end - start))
-                starts.append(start)
-            peak, warmup_steps, start = stage.learning_rate, stage.warmup_steps, end
-        end += stage.steps
-    curves.append(_curve(cfg.optimizer, peak, warmup_steps, end - start))
-    starts.append(start)
-    return optax.join_schedules(curves, starts[1:])
+    return _joined(cfg, lambda curve: _curve(cfg.optimizer, curve))
 
 
-def _curve(cfg: OptimizerConfig, peak: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """One warm-up and what follows it, over this many steps, counted from 0.
+def _joined(cfg: Config, schedule: Callable[[Curve], optax.Schedule]) -> optax.Schedule:
+    pieces = curves(cfg)
+    return optax.join_schedules([schedule(curve) for curve in pieces], [curve.start for curve in pieces[1:]])
 
-    A warm-up longer than `steps` is cut off where the run ends. `end_factor` means nothing to 'constant', which has no
+
+def _curve(cfg: OptimizerConfig, curve: Curve) -> optax.Schedule:
+    """One warm-up and what follows it, counted from 0.
+
+    A warm-up longer than the curve is cut off where the run ends. `end_factor` means nothing to 'constant', which has no
     end, and is a lower bound for 'inverse_sqrt'.
     """
+    peak, warmup_steps, steps = curve.peak, curve.warmup_steps, curve.steps
     floor = peak * cfg.end_factor
     rest = max(1, steps - warmup_steps)
     pieces: list[optax.Schedule]
     boundaries: list[int] = []
-    if cfg.schedule == "constant":
+    if curve.schedule == "constant":
         pieces = [optax.constant_schedule(peak)]
-    elif cfg.schedule == "linear":
+    elif curve.schedule == "linear":
         pieces = [optax.linear_schedule(peak, floor, rest)]
-    elif cfg.schedule == "cosine":
+    elif curve.schedule == "cosine":
         pieces = [optax.cosine_decay_schedule(peak, rest, alpha=cfg.end_factor)]
-    elif cfg.schedule == "inverse_sqrt":
+    elif curve.schedule == "inverse_sqrt":
         pieces = [_inverse_sqrt(peak, floor, max(1, warmup_steps))]
+    elif curve.schedule == "one_minus_sqrt":
+        pieces = [_one_minus_sqrt(peak, floor, rest)]
     else:
         stable_steps = steps - warmup_steps - cfg.decay_steps
         if stable_steps < 0:
@@ -84,14 +102,26 @@ def _inverse_sqrt(peak: float, floor: float, warmup_steps: int) -> optax.Schedul
     return schedule
 
 
+def _one_minus_sqrt(peak: float, floor: float, steps: int) -> optax.Schedule:
+    """Falls fastest at first (Hägele et al., 2024; the last phase of ModernBERT)."""
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        share = jnp.minimum(jnp.asarray(count, jnp.float32) / steps, 1.0)
+        return floor + (peak - floor) * (1.0 - jnp.sqrt(share))
+
+    return schedule
+
+
 def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
     """Clipping, moments, decoupled weight decay, LAMB's trust ratio, and the learning rate, in this order.
 
     Its `update` takes `finite`, which leaves the moments as they are when false, and `grad_norm`, so as not to compute it
-    again. The decay is multiplied by the learning rate but not by the moments.
+    again. The decay is multiplied by the learning rate but not by the moments; with `decay_at_peak` by the rate's share of
+    its peak.
 
     Source: google-research/bert:optimization.py (AdamW, there without bias correction); arXiv:1904.00962, algorithm 2,
-    and NVIDIA/apex:apex/optimizers/fused_lamb.py (LAMB: what does not decay is not rescaled either).
+    and NVIDIA/apex:apex/optimizers/fused_lamb.py (LAMB: what does not decay is not rescaled either); Wortsman et al., 2023,
+    and warner-benjamin/optimi (StableAdamW: the decay of a tensor is slowed down with its update).
     """
     rule = cfg.optimizer
 
@@ -101,9 +131,17 @@ def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
     parts: list[optax.GradientTransformation] = []
     if rule.clip_norm > 0:
         parts.append(clip_by_global_norm(rule.clip_norm))
-    parts.append(scale_by_adam(rule.b1, rule.b2, rule.eps, bias_correction=rule.bias_correction))
-    if rule.weight_decay > 0:
-        parts.append(optax.add_decayed_weights(rule.weight_decay, mask))
+    adam = scale_by_adam(rule.b1, rule.b2, rule.eps, bias_correction=rule.bias_correction)
+    decay: optax.GradientTransformation | None = None
+    if rule.weight_decay > 0 and rule.decay_at_peak:
+        peak = _joined(cfg, lambda curve: optax.constant_schedule(curve.peak))
+        decay = optax.add_decayed_weights(lambda count: rule.weight_decay / peak(count), mask)
+    elif rule.weight_decay > 0:
+        decay = optax.add_decayed_weights(rule.weight_decay, mask)
+    if rule.name == "stable_adamw":
+        parts.append(stabilise(adam, decay or optax.identity(), rule))
+    else:
+        parts += [adam, decay] if decay else [adam]
     if rule.name == "lamb":
         parts.append(optax.masked(scale_by_layer_trust_ratio(), mask))
     parts.append(optax.scale_by_learning_rate(learning_rate(cfg)))
@@ -173,19 +211,43 @@ def scale_by_adam(b1: float, b2: float, eps: float, *, bias_correction: bool) ->
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def stabilise(
+    adam: optax.GradientTransformationExtraArgs, decay: optax.GradientTransformation, rule: OptimizerConfig
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction and the decay, tensor by tensor smaller where gradients are larger than their second moment says.
+
+    They are divided by the root mean square of gradient / √v where that is above 1, v no smaller than eps²: Adafactor's
+    clipping of updates. Each layer of a stacked parameter is a tensor.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, adam_state = adam.update(grads, state[0], params, **extra)
+        updates, decay_state = decay.update(updates, state[1], params)
+        correction = 1.0 - rule.b2**adam_state.count if rule.bias_correction else 1.0
+
+        def slow_down(path: Any, update: jax.Array, grad: jax.Array, v: jax.Array) -> jax.Array:
+            squares = jnp.square(grad) / jnp.maximum(v / correction, rule.eps**2)
+            ratio = jnp.sqrt(squares.mean(_axes_of_tensor(path, grad), keepdims=True))
+            return update / jnp.maximum(1.0, ratio)
+
+        updates = jax.tree_util.tree_map_with_path(slow_down, updates, grads, adam_state.nu)
+        return updates, (adam_state, decay_state)
+
+    return optax.GradientTransformationExtraArgs(lambda params: (adam.init(params), decay.init(params)), update)
+
+
 def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
     """Rescales each update to its weights' norm, tensor by tensor: each layer of a stacked parameter has its own ratio.
 
     The ratio is 1 where either norm is 0.
     """
 
-    def norm(array: jax.Array, first_axis: int) -> jax.Array:
-        axes = tuple(range(first_axis, array.ndim))
+    def norm(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return jnp.sqrt(jnp.sum(jnp.square(array.astype(jnp.float32)), axes, keepdims=True))
 
     def rescale(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-        stacked = STACKED in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        param_norm, update_norm = norm(param, int(stacked)), norm(update, int(stacked))
+        axes = _axes_of_tensor(path, update)
+        param_norm, update_norm = norm(param, axes), norm(update, axes)
         both = (param_norm > 0) & (update_norm > 0)
         ratio = jnp.where(both, param_norm / jnp.where(both, update_norm, 1.0), 1.0)
         return update * ratio.astype(update.dtype)
@@ -194,3 +256,9 @@ def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(rescale, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _axes_of_tensor(path: Any, array: jax.Array) -> tuple[int, ...]:
+    """The axes of one tensor in a parameter, which may be a stack of layers'."""
+    stacked = STACKED in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return tuple(range(int(stacked), array.ndim))

@@ -62,7 +62,7 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            is_scale = name.endswith(("LayerNorm.weight", "layer_norm.weight"))
+            is_scale = "norm" in name.lower() and name.endswith(".weight")
             weight.copy_(1 + 0.2 * noise if is_scale else 0.3 * noise)
 
 
