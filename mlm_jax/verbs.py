@@ -86,13 +86,15 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> Result | int:
     )
     peers = distributed.join(cluster, cfg, options.workdir, options.coordinator_timeout) if cluster else distributed.Peers()
     with peers.ending_at_once(tell_any), _device_errors():
-        from mlm_jax.train import loop
+        from mlm_jax.train import loop, pretraining
         from mlm_jax.train.writer import read_metrics
 
         peers.initialize_jax()
         profile = loop.Profile(*steps) if steps else None
         try:
-            loop.train(cfg, options.workdir, data_dir=options.data, workers=options.workers, profile=profile, peers=peers)
+            pretraining.train(
+                cfg, options.workdir, data_dir=options.data, workers=options.workers, profile=profile, peers=peers
+            )
         except loop.Stop as stop:
             return fail(
                 128 + stop.signal_number,

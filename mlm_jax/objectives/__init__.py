@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 from mlm_jax.config import Config
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term
+from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term, Trainable
 from mlm_jax.objectives.diffusion import MaskedDiffusion
 from mlm_jax.objectives.hybrid import HybridLM
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.objectives.span import SpanBert
 
-__all__ = ["OBJECTIVES", "Batch", "Keys", "LossSums", "Objective", "Params", "Term", "make_objective"]
+__all__ = ["OBJECTIVES", "Batch", "Keys", "LossSums", "Objective", "Params", "Term", "Trainable", "make_objective"]
 
 # What a recipe's `objective` names: (cfg, compute, stage) -> Objective.
 OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {

@@ -1,6 +1,8 @@
-"""The training loop: restore, then batch after batch into the compiled step, with logs, evaluations and checkpoints."""
+"""The training loop: restore, then batch after batch into the compiled step, with logs, evaluations and checkpoints.
 
-import collections
+What is trained, on what, and how it is judged is a `Job`: pre-training (`train.pretraining`) or a task (`finetune.job`).
+"""
+
 import contextlib
 import dataclasses
 import logging
@@ -9,27 +11,19 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import numpy as np
 
 from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
-from mlm_jax.data.corpus import Corpus, open_corpus
-from mlm_jax.data.loader import Rows
-from mlm_jax.data.ngrams import read_ngrams
-from mlm_jax.data.prepare import prepare
 from mlm_jax.distributed import Peers
 from mlm_jax.errors import MachineError, UserError
-from mlm_jax.fill_mask import Filler
-from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives import make_objective
-from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, place
-from mlm_jax.train.begin import begin
+from mlm_jax.masking import VocabTables
+from mlm_jax.objectives import Batch, Trainable
+from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh
+from mlm_jax.train.best import Best
 from mlm_jax.train.checkpoint import Checkpoints
-from mlm_jax.train.evaluate import COMMON, evaluate, make_eval_step
-from mlm_jax.train.feed import check_epochs, device_batches, vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state
 from mlm_jax.train.step import make_train_step
@@ -55,26 +49,37 @@ class Profile:
     stop: int
 
 
-def train(
-    cfg: Config,
-    workdir_path: str | os.PathLike[str],
-    *,
-    data_dir: str | os.PathLike[str] | None = None,
-    workers: int | None = None,
-    profile: Profile | None = None,
-    peers: Peers | None = None,
-) -> None:
-    """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a run takes place: its workdir, held by this process, the current mesh, and the other processes."""
 
-    Args:
-        data_dir: the prepared corpus; made there when missing. Default: `data/` in the workdir.
-        workers: processes for preparation; default one a core.
-        peers: the other processes of this run, which call this at the same time with the same arguments; none when None.
+    workdir: Workdir
+    mesh: jax.sharding.Mesh
+    peers: Peers
+
+
+class Job(Protocol):
+    """What a run trains and how it is judged."""
+
+    objective: Trainable  # of any stage: names, parameters and FLOPs are the same in all
+    vocab: VocabTables  # on the current mesh
+
+    def begin(self, state: TrainState) -> TrainState:
+        """The state at step 0, made of the one that was drawn at random."""
+
+    def enter(self, index: int, done: int) -> tuple[Trainable, Iterator[Batch]]:
+        """Begins a stage, or goes on with it after `done` of its steps: its objective and its batches from there on."""
+
+    def evaluate(self, step: int, params: Any) -> dict[str, Any]:
+        """What an evaluation writes down."""
+
+
+@contextlib.contextmanager
+def site(cfg: Config, workdir_path: str | os.PathLike[str], peers: Peers | None) -> Iterator[Site]:
+    """Checks the config against the devices, holds the workdir and sets the mesh.
 
     Raises:
-        UserError: the config does not fit the machine, the corpus, or the run in the workdir.
-        MachineError: the loss stopped being finite, or a file could not be written.
-        Stop: SIGTERM or SIGINT arrived, here or at a peer; the state was saved first.
+        UserError: the config does not fit the devices, or another process trains in the workdir.
     """
     peers = peers or Peers()
     if jax.process_count() != peers.count:
@@ -90,58 +95,35 @@ def train(
     with contextlib.ExitStack() as stack:
         if peers.is_primary:
             stack.enter_context(workdir.lock())
-        corpus = _open(cfg, workdir, data_dir or workdir.default_data, workers, peers)
-        logger.info("%d steps pass over the training text %.2f times", cfg.total_steps, check_epochs(cfg, corpus))
         stack.enter_context(jax.set_mesh(mesh))
-        received = stack.enter_context(_signals())
-        _Run(cfg, workdir, corpus, mesh, profile, received, peers).train()
+        yield Site(workdir, mesh, peers)
 
 
-def _open(cfg: Config, workdir: Workdir, data_dir: str | os.PathLike[str], workers: int | None, peers: Peers) -> Corpus:
-    """The primary makes what is missing of the workdir and the corpus; the others wait for it and open them."""
-    if peers.is_primary:
-        workdir.open_for_training(cfg)
-        corpus = prepare(cfg, data_dir, workers)
-        workdir.write_language(corpus.tokenizer, corpus.unigrams)
-        if cfg.masking.ngrams:
-            workdir.keep_ngrams(read_ngrams(cfg.masking.ngrams))
-        peers.announce()
-        return corpus
-    peers.wait_for_primary()
-    try:
-        workdir.read_config()
-        return open_corpus(data_dir, cfg)
-    except UserError as error:
-        raise UserError(
-            f"process {peers.index} does not see what process 0 has prepared ({error}): --workdir and --data must be on a "
-            "disk that all processes share"
-        ) from error
+def run(cfg: Config, here: Site, job: Job, *, best: Best | None = None, profile: Profile | None = None) -> None:
+    """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
+
+    Args:
+        best: the measure by which evaluations are compared: the best one's checkpoint is kept, and the run may end early.
+
+    Raises:
+        UserError: the config does not fit the run in the workdir.
+        MachineError: the loss stopped being finite, or a file could not be written.
+        Stop: SIGTERM or SIGINT arrived, here or at a peer; the state was saved first.
+    """
+    with _signals() as received:
+        _Run(cfg, here, job, best, profile, received).train()
 
 
 class _Run:
     """One process's part of a run: what was built once and is used in every step."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        workdir: Workdir,
-        corpus: Corpus,
-        mesh: jax.sharding.Mesh,
-        profile: Profile | None,
-        received: list[int],
-        peers: Peers,
-    ):
-        self.cfg, self.workdir, self.corpus, self.mesh = cfg, workdir, corpus, mesh
-        self.received, self.peers, self.is_primary = received, peers, peers.is_primary
+    def __init__(self, cfg: Config, here: Site, job: Job, best: Best | None, profile: Profile | None, received: list[int]):
+        self.cfg, self.workdir, self.mesh, self.job, self.best = cfg, here.workdir, here.mesh, job, best
+        self.received, self.peers, self.is_primary = received, here.peers, here.peers.is_primary
         self.profile = profile if self.is_primary else None
-        self.compute = Compute.resolve(cfg.compute)
         self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
-        self.vocab = vocab_tables(cfg, corpus.tokenizer, workdir.read_ngrams())
-        self.log_unigram_V = place(workdir.log_unigrams(cfg.model.vocab_size), jax.P())
-        self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-        self.objective = make_objective(cfg, self.compute, mask_id=corpus.tokenizer.mask_id)
-        self.eval_step = make_eval_step(cfg, self.objective)
-        self.filler = Filler(self.objective, corpus.tokenizer)
+        self.checkpoints = Checkpoints(here.workdir, keep=cfg.train.keep_checkpoints)
+        self.objective = job.objective
         self.last_time, self.last_step, self.tracing = 0.0, 0, False
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
 
@@ -149,7 +131,9 @@ class _Run:
         if jax.process_count() > 1:
             connect(self.mesh)
         state, step = self._restore_or_init()
-        if step >= self.cfg.total_steps:
+        if self.best is not None and step:
+            self.best.recall(self.workdir.path, step)
+        if step >= self.cfg.total_steps or self._ends_early():
             logger.info("this run has finished: %s is at step %d of %d", self.workdir.path, step, self.cfg.total_steps)
         if self.cfg.optimizer.warmup_steps >= self.cfg.total_steps:
             logger.warning(
@@ -163,26 +147,22 @@ class _Run:
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
             Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary) as self.progress,
         ):
-            first, position = 0, collections.Counter[int]()
+            first = 0
             for index, stage in enumerate(self.cfg.stages):
                 last = first + stage.steps
-                if step < last:
-                    # Examples already seen at this length, by this stage and by earlier ones on the same rows.
-                    seen = position[stage.seq_len] + (step - first) * stage.batch_size
-                    state = self._train_stage(index, stage, state, step, last, seen)
+                if step < last and not self._ends_early():
+                    state = self._train_stage(index, stage, state, step, last)
                     step = last
-                position[stage.seq_len] += stage.steps * stage.batch_size
                 first = last
         self.checkpoints.close()
 
-    def _train_stage(
-        self, index: int, stage: StageConfig, state: TrainState, first: int, last: int, seen: int
-    ) -> TrainState:
-        cfg = self.cfg
-        objective = make_objective(cfg, self.compute, index)
-        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=cfg.first_step(index))
-        validation = self._freeze_validation(stage)
-        feed = device_batches(self.corpus, stage, self.mesh, seed=cfg.seed, num_steps=last - first, seen=seen)
+    def _ends_early(self) -> bool:
+        return self.best is not None and self.best.is_final
+
+    def _train_stage(self, index: int, stage: StageConfig, state: TrainState, first: int, last: int) -> TrainState:
+        cfg, began = self.cfg, self.cfg.first_step(index)
+        objective, feed = self.job.enter(index, first - began)
+        train_step = make_train_step(cfg, stage, objective, self.optimizer, self.schedule, first_step=began)
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
         pending: tuple[int, dict[str, Any]] | None = None
         self.last_time, self.last_step, self.paused_seconds = time.perf_counter(), first, 0.0
@@ -191,7 +171,7 @@ class _Run:
             batch = next(feed)
             self._trace(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch, self.vocab)
+                state, metrics = train_step(state, batch, self.job.vocab)
             self._trace(step, metrics)
             if pending is not None:
                 self._log(index, *pending)
@@ -209,11 +189,14 @@ class _Run:
                 pending = None
             with self._pause():
                 self._refuse_nonfinite(step, jax.device_get(metrics["nonfinite"]))
-                if evaluating:
-                    self._evaluate(step, state, validation)
-                if saving or stopping:
-                    self.checkpoints.save(state, step, wait=stopping or step == cfg.total_steps)
-            if stopping and step < cfg.total_steps:
+                improved = evaluating and self._evaluate(step, state)
+                ending = step == cfg.total_steps or self._ends_early()
+                if saving or stopping or improved or ending:
+                    score = self.best.value if self.best is not None and improved else None
+                    self.checkpoints.save(state, step, score=score, wait=stopping or ending)
+            if ending:
+                break
+            if stopping:
                 self.checkpoints.close()
                 raise Stop(self.received[0] if self.received else signal.SIGTERM, step)
         return state
@@ -232,7 +215,7 @@ class _Run:
         abstract = jax.tree.map(self._concrete, jax.eval_shape(create))
         restored = self.checkpoints.restore(abstract)
         if restored is None:
-            return begin(create(), self.objective, self.corpus.tokenizer), 0
+            return self.job.begin(create()), 0
         logger.info("continuing from the checkpoint of step %d", restored[1])
         return restored
 
@@ -240,13 +223,6 @@ class _Run:
         spec = jax.P() if leaf.sharding is None else leaf.sharding.spec  # scalars carry none
         sharding = jax.NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    def _freeze_validation(self, stage: StageConfig) -> dict[str, np.ndarray]:
-        rows = Rows(self.corpus.path, stage.seq_len, "validation")
-        frozen = rows.read(range(min(len(rows), self.cfg.evaluation.max_rows)))
-        if self.is_primary:
-            self.workdir.write_validation(stage.seq_len, frozen)
-        return frozen
 
     def _log(self, stage_index: int, step: int, metrics: dict[str, Any]) -> None:
         metrics = jax.device_get(metrics)
@@ -289,29 +265,11 @@ class _Run:
                 "longer warm-up, optimizer.clip_norm=1.0, or compute.dtype=float32"
             )
 
-    def _evaluate(self, step: int, state: TrainState, validation: dict[str, np.ndarray]) -> None:
-        params = state.params if state.ema is None else state.ema
-        values: dict[str, Any] = dict(
-            evaluate(
-                self.eval_step,
-                params,
-                validation,
-                self.vocab,
-                self.log_unigram_V,
-                self.cfg.evaluation.batch_size,
-            )
-        )
-        logger.info(
-            "step %d held-out: loss %.4f, accuracy %.4f (unigram: %.4f, %.4f)%s",
-            step,
-            *(values[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")),
-            "".join(f", {name} {value:.4f}" for name, value in values.items() if name not in COMMON),
-        )
-        probes = self.cfg.evaluation.probes
-        if probes:
-            fills = self.filler(params, probes, top_k=5)
-            values["probes"] = [{"text": text, "fills": fill} for text, fill in zip(probes, fills, strict=True)]
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Evaluates, and says whether the result is the best so far, where that is asked for."""
+        values = self.job.evaluate(step, state.params if state.ema is None else state.ema)
         self.writer.write(step, "eval", values)
+        return self.best is not None and self.best.add(step, values)
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
