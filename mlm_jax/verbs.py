@@ -289,6 +289,61 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> Result | int:
     return table
 
 
+def _declare_finetune(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run's directory; an interrupted run continues there"
+    )
+    parser.add_argument("--init", metavar="RUN", help="the workdir that it begins with, pre-trained or imported")
+    parser.add_argument("--random-init", action="store_true", help="only its architecture and tokenizer, to compare with")
+    parser.add_argument("--seeds", type=int, default=1, help="so many runs, in seed0, seed1, … of the workdir (default 1)")
+
+
+def _finetune(options: argparse.Namespace, overrides: list[str]) -> Result | int:
+    from mlm_jax.config import load_config
+
+    overrides = [*overrides, *([f"init_from={options.init}"] if options.init else [])]
+    overrides += ["task.random_init=True"] if options.random_init else []
+    cfg = load_config(options.config, overrides, for_task=True)  # before JAX is imported: a mistake is told at once
+    with _device_errors():
+        from mlm_jax.finetune.job import finetune, format_result
+        from mlm_jax.train import loop
+
+        try:
+            result = finetune(cfg, options.workdir, seeds=options.seeds)
+        except loop.Stop as stop:
+            return fail(
+                128 + stop.signal_number,
+                f"stopped by signal {stop.signal_number}; step {stop.step} is saved, the same command continues",
+            )
+    print(format_result(result))
+    return result
+
+
+def _declare_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a fine-tuned run's directory")
+    parser.add_argument("--input", required=True, metavar="FILE", help="examples in the form of the run's training file")
+    parser.add_argument("--output", metavar="FILE", help="JSONL, a prediction a line; default: they are printed")
+    parser.add_argument("--batch-size", type=int, help="rows at a time; default: the config's evaluation.batch_size")
+
+
+def _predict(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.finetune.predict import predict, write_jsonl
+
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size={options.batch_size} must be positive")
+    with _device_errors():
+        found, measures, step = predict(options.workdir, options.input, batch_size=options.batch_size)
+    if options.output:
+        write_jsonl(options.output, found)
+    elif not options.json:
+        for prediction in found:
+            print(json.dumps(prediction, ensure_ascii=False))
+    for name, value in measures.items():
+        print(f"{name} {value:.4f}", file=sys.stdout if options.output else sys.stderr)
+    return {"step": step, "examples": len(found), **measures}
+
+
 def _declare_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", required=True, dest="source", metavar="FOLDER", help="of Hugging Face's format")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a new directory")
@@ -440,6 +495,8 @@ VERBS: dict[str, tuple[str, Declare, Run]] = {
     "fill-mask": ("the most probable tokens at each [MASK]", _declare_fill_mask, _fill_mask),
     "generate": ("draw text: fill the blanks of a prompt, or continue it", _declare_generate, _generate),
     "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
+    "finetune": ("fine-tune a run for a task: labels, numbers, tags or answers", _declare_finetune, _finetune),
+    "predict": ("labels, tags or answers of a fine-tuned run for the examples of a file", _declare_predict, _predict),
     "import": ("a workdir of a Hugging Face folder", _declare_import, _import),
     "export": ("a Hugging Face folder of a workdir", _declare_export, _export),
     "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),

@@ -122,7 +122,7 @@ def _opened_raw(path: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[BinaryIO]:
     """The file's content, decompressed where its name ends in .gz."""
     with _opened_raw(path) as file:
         if path.endswith(".gz"):
@@ -136,9 +136,9 @@ def _too_large(path: str, line: int, fix: str) -> UserError:
     return UserError(f"{path}, line {line}: a document of more than {MAX_DOCUMENT_BYTES / 2**20:g} MiB; {fix}")
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: str) -> Iterator[tuple[int, str]]:
     """Numbered lines without their ends (LF or CRLF) and without the file's byte-order mark."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, raw in enumerate(iter(functools.partial(file.readline, MAX_DOCUMENT_BYTES + 1), b""), start=1):
             if len(raw) > MAX_DOCUMENT_BYTES:
                 raise _too_large(path, number, "is this a text file with line ends?")
@@ -146,7 +146,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _txt_by_file(path: str) -> Iterator[str]:
-    with _opened(path) as file:
+    with opened(path) as file:
         raw = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(raw) > MAX_DOCUMENT_BYTES:
         raise _too_large(path, 1, "split the file's text by ?documents=blank_line or ?documents=line")
@@ -154,14 +154,14 @@ def _txt_by_file(path: str) -> Iterator[str]:
 
 
 def _txt_by_line(path: str) -> Iterator[str]:
-    for _, line in _lines(path):
+    for _, line in numbered_lines(path):
         yield line
 
 
 def _txt_by_blank_line(path: str) -> Iterator[str]:
     lines: list[str] = []
     chars = 0
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if line and not line.isspace():
             lines.append(line)
             chars += len(line) + 1
@@ -185,7 +185,7 @@ def _txt(path: str, field: str, rule: str) -> Iterator[str]:
 
 
 def _jsonl(path: str, field: str, rule: str) -> Iterator[str]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
@@ -209,7 +209,7 @@ def _parquet(path: str, field: str, rule: str) -> Iterator[str]:
     import pyarrow.parquet
 
     with contextlib.ExitStack() as stack:
-        content = stack.enter_context(_opened(path))
+        content = stack.enter_context(opened(path))
         if path.endswith(".gz"):  # Parquet is read from its end, and gzip seeks by reading all over again
             unpacked = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(content, unpacked, 2**20)

@@ -99,11 +99,14 @@ def site(cfg: Config, workdir_path: str | os.PathLike[str], peers: Peers | None)
         yield Site(workdir, mesh, peers)
 
 
-def run(cfg: Config, here: Site, job: Job, *, best: Best | None = None, profile: Profile | None = None) -> None:
+def run(cfg: Config, here: Site, job: Job, *, best: Best | None = None, profile: Profile | None = None) -> int | None:
     """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
 
     Args:
         best: the measure by which evaluations are compared: the best one's checkpoint is kept, and the run may end early.
+
+    Returns:
+        A signal that came too late to stop this run, for what would come after it.
 
     Raises:
         UserError: the config does not fit the run in the workdir.
@@ -112,6 +115,7 @@ def run(cfg: Config, here: Site, job: Job, *, best: Best | None = None, profile:
     """
     with _signals() as received:
         _Run(cfg, here, job, best, profile, received).train()
+    return received[0] if received else None
 
 
 class _Run:

@@ -85,7 +85,7 @@ def _inverse_sqrt(peak: float, floor: float, warmup_steps: int) -> optax.Schedul
 
 
 def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipping, moments, decoupled weight decay, LAMB's trust ratio, and the learning rate, in this order.
+    """Clipping, moments, decoupled weight decay, LAMB's trust ratio, layers' shares and the learning rate, in this order.
 
     Its `update` takes `finite`, which leaves the moments as they are when false, and `grad_norm`, so as not to compute it
     again. The decay is multiplied by the learning rate but not by the moments.
@@ -106,6 +106,8 @@ def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
         parts.append(optax.add_decayed_weights(rule.weight_decay, mask))
     if rule.name == "lamb":
         parts.append(optax.masked(scale_by_layer_trust_ratio(), mask))
+    if rule.layer_decay < 1.0:
+        parts.append(scale_by_depth(rule.layer_decay))
     parts.append(optax.scale_by_learning_rate(learning_rate(cfg)))
     return optax.with_extra_args_support(optax.chain(*parts))
 
@@ -119,7 +121,7 @@ def decay_mask(params: Any, *, embeddings: bool = True, norms_and_biases: bool =
     """
 
     def decays(path: Any, _: Any) -> bool:
-        *modules, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        *modules, leaf = _names(path)
         if "bias" in leaf.split("_") or any("norm" in module.split("_") for module in modules):
             return norms_and_biases
         return embeddings or "embeddings" not in modules
@@ -173,6 +175,34 @@ def scale_by_adam(b1: float, b2: float, eps: float, *, bias_correction: bool) ->
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Multiplies updates by `decay` once for each layer between them and the head, and once more for embeddings.
+
+    Of N layers the last has the factor `decay`, the first decay^N, and what lies before them, as the tables, decay^(N+1).
+
+    Source: google-research/electra:model/optimization.py (_get_layer_lrs).
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        named = jax.tree_util.tree_leaves_with_path(updates)
+        layers = {leaf.shape[0] for path, leaf in named if STACKED in _names(path)}
+        count = max(layers, default=0)
+
+        def scale(path: Any, update: jax.Array) -> jax.Array:
+            if STACKED in _names(path):
+                powers = decay ** jnp.arange(len(update), 0, -1, dtype=update.dtype)
+                return update * powers.reshape(-1, *(1,) * (update.ndim - 1))
+            return update * decay ** (count + 1) if "encoder" in _names(path) else update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _names(path: Any) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
 def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
     """Rescales each update to its weights' norm, tensor by tensor: each layer of a stacked parameter has its own ratio.
 
@@ -184,7 +214,7 @@ def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
         return jnp.sqrt(jnp.sum(jnp.square(array.astype(jnp.float32)), axes, keepdims=True))
 
     def rescale(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-        stacked = STACKED in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        stacked = STACKED in _names(path)
         param_norm, update_norm = norm(param, int(stacked)), norm(update, int(stacked))
         both = (param_norm > 0) & (update_norm > 0)
         ratio = jnp.where(both, param_norm / jnp.where(both, update_norm, 1.0), 1.0)
