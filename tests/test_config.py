@@ -247,7 +247,10 @@ CHECKS = [
     ("rtd.generator_layers=0", "rtd.generator_layers=0.0 must be in (0, 1]"),
     ("rtd.discriminator_weight=-1", "rtd.discriminator_weight=-1.0 must be at least 0"),
     ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
-    ("objective=mlmm", "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid; did you mean 'mlm'?"),
+    (
+        "objective=mlmm",
+        "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid, classification, regression, tagging, question_answering; did you mean 'mlm'?",
+    ),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
     ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu; did you mean"),
     ("masking.policy=word", "masking.policy='word' is none of token, whole_word, span, ngram, pmi"),
