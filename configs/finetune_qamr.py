@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
             "objective": "question_answering",
             "task": {
                 "train": "squad_format_dev.json.gz",
-                "epochs": 3,
+                "epochs": 2,
                 "warmup": 0.1,
                 "dropout": 0.1,
                 "stride": 64,
@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
             "optimizer": {
                 "name": "adamw",
-                "learning_rate": 5e-5,  # google-research/bert:README.md
+                "learning_rate": 3e-5,
                 "schedule": "linear",
                 "weight_decay": 0.01,  # google-research/bert:optimization.py
                 "eps": 1e-6,

@@ -54,7 +54,24 @@ def prepare(cfg: Config) -> Prepared:
         UserError: there is no such run, or examples are not of the form, or too few, for the task.
     """
     cfg, tokenizer = _adopt(cfg)
-    kind, task = make_kind(cfg, tokenizer), cfg.task
+    kind = make_kind(cfg, tokenizer)
+    train, dev, labels = read_examples(cfg, kind)
+    train_table, dev_table = (kind.encode(examples, labels, labelled=True) for examples in (train, dev))
+    logger.info(
+        "%d examples (%d rows, %d tokens) to train on, %d to choose by%s",
+        *(len(train), len(train_table.tokens), train_table.lengths.sum(), len(dev)),
+        f"; labels {', '.join(labels)}" if labels else "",
+    )
+    return Prepared(_complete(cfg, labels, len(train_table.tokens)), tokenizer, kind, train_table, dev_table, dev)
+
+
+def read_examples(cfg: Config, kind: Kind[Any]) -> tuple[list[Any], list[Any], tuple[str, ...]]:
+    """The examples to train on, those to choose by, and the labels.
+
+    Raises:
+        UserError: there are too few of any.
+    """
+    task = cfg.task
     train = kind.read(task.train, labelled=True)
     if task.dev:
         dev = kind.read(task.dev, labelled=True)
@@ -71,13 +88,7 @@ def prepare(cfg: Config) -> Prepared:
         raise UserError(f"{task.train} has the label {labels!r} only: task.label={task.label!r} may name another column")
     if cfg.objective == "tagging" and not labels:
         raise UserError(f"{task.train} has no entity: every tag is O; task.label may name another column")
-    train_table, dev_table = (kind.encode(examples, labels, labelled=True) for examples in (train, dev))
-    logger.info(
-        "%d examples (%d rows, %d tokens) to train on, %d to choose by%s",
-        *(len(train), len(train_table.tokens), train_table.lengths.sum(), len(dev)),
-        f"; labels {', '.join(labels)}" if labels else "",
-    )
-    return Prepared(_complete(cfg, labels, len(train_table.tokens)), tokenizer, kind, train_table, dev_table, dev)
+    return train, dev, labels
 
 
 def _adopt(cfg: Config) -> tuple[Config, Tokenizer]:

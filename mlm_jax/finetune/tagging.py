@@ -41,7 +41,7 @@ class Tagging:
 
     def encode(self, examples: Sequence[Sentence], labels: tuple[str, ...], *, labelled: bool) -> Table:
         """A row for each window of words; a word in two windows counts in that where more is around it."""
-        tags = _tags(labels)
+        tags = tags_of(labels)
         tokens, owners, places, targets = [], [], [], []
         for owner, example in enumerate(examples):
             pieces = self._pieces(example)
@@ -86,7 +86,7 @@ class Tagging:
         self, examples: Sequence[Sentence], labels: tuple[str, ...], table: Table, outputs: Sequence[np.ndarray]
     ) -> list[dict[str, Any]]:
         """Each word's tag and its probability, and the entities that the tags stand for."""
-        tags = _tags(labels)
+        tags = tags_of(labels)
         chosen = [["O"] * len(example.words) for example in examples]
         shares = [[0.0] * len(example.words) for example in examples]
         for owner, words, logits in zip(table.owners, table.marks["words"], outputs, strict=True):
@@ -126,6 +126,6 @@ class Tagging:
         return metrics.entities(wanted, [entities_of(found["tags"]) for found in predictions])
 
 
-def _tags(labels: Sequence[str]) -> list[str]:
+def tags_of(labels: Sequence[str]) -> list[str]:
     """The tags in the order of their ids."""
     return ["O", *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
