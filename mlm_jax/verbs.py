@@ -344,6 +344,63 @@ def _predict(options: argparse.Namespace, overrides: list[str]) -> Result:
     return {"step": step, "examples": len(found), **measures}
 
 
+def _embedder_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pooling", default="mean", help="mean of the tokens (default), or cls, the first one")
+    parser.add_argument(
+        "--max-length", type=int, default=0, help="tokens of a text (default: the model's positions, up to 512)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time (default 64)")
+
+
+def _declare_embed(parser: argparse.ArgumentParser) -> None:
+    _workdir_option(parser)
+    parser.add_argument("--input", required=True, metavar="FILE", help=".txt (a text a line), .jsonl, .tsv, .csv, .parquet")
+    parser.add_argument("--output", required=True, metavar="FILE", help="X.npy or X.parquet, a vector a text")
+    parser.add_argument("--column", default="text", help="of the text (default: text)")
+    _embedder_options(parser)
+
+
+def _embed(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.finetune.embed import Embedder, read_texts, write_vectors
+
+    if not options.output.endswith((".npy", ".parquet")):
+        raise UserError(f"--output={options.output} must end in .npy or .parquet")
+    with _device_errors():
+        embedder = _make_embedder(options, Embedder)
+        vectors = embedder(read_texts(options.input, options.column))
+    write_vectors(options.output, vectors)
+    print(f"{options.output}: {vectors.shape[0]} vectors of {vectors.shape[1]}, step {embedder.step}")
+    return {"step": embedder.step, "texts": vectors.shape[0], "dimensions": vectors.shape[1]}
+
+
+def _make_embedder(options: argparse.Namespace, make: Any) -> Any:
+    return make(options.workdir, pooling=options.pooling, max_length=options.max_length, batch_size=options.batch_size)
+
+
+def _declare_probe(parser: argparse.ArgumentParser) -> None:
+    _workdir_option(parser)
+    _config_option(parser)
+    parser.add_argument("--max-examples", type=int, default=5000, help="to fit on, the first ones (default 5000)")
+    _embedder_options(parser)
+
+
+def _probe(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.config import load_config
+
+    cfg = load_config(options.config, overrides, for_task=True)
+    if options.max_examples < 2:
+        raise UserError(f"--max-examples={options.max_examples} must be 2 or more")
+    from mlm_jax.finetune.embed import Embedder, probe
+
+    with _device_errors():
+        result = probe(cfg, _make_embedder(options, Embedder), max_examples=options.max_examples)
+    print(f"{result['examples']} examples, {result['dev_examples']} to measure on")
+    print(f"{'':12}{'accuracy':>10}{'f1':>10}{'matthews':>10}")
+    for name in ("majority", "neighbours", "logistic"):
+        print(f"{name:12}" + "".join(f"{result[name][measure]:10.4f}" for measure in ("accuracy", "f1", "matthews")))
+    return result
+
+
 def _declare_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", required=True, dest="source", metavar="FOLDER", help="of Hugging Face's format")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a new directory")
@@ -497,6 +554,8 @@ VERBS: dict[str, tuple[str, Declare, Run]] = {
     "score": ("minimal pairs by pseudo-log-likelihood", _declare_score, _score),
     "finetune": ("fine-tune a run for a task: labels, numbers, tags or answers", _declare_finetune, _finetune),
     "predict": ("labels, tags or answers of a fine-tuned run for the examples of a file", _declare_predict, _predict),
+    "embed": ("a vector for each text of a file, from a run's encoder", _declare_embed, _embed),
+    "probe": ("how much of a task a run's vectors know: nearest neighbours and logistic regression", _declare_probe, _probe),
     "import": ("a workdir of a Hugging Face folder", _declare_import, _import),
     "export": ("a Hugging Face folder of a workdir", _declare_export, _export),
     "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),
