@@ -196,6 +196,12 @@ def test_a_finished_run_is_not_trained_again(folder, tuned, capsys):
     assert (run["step"], run["accuracy"]) == (best["step"], best["accuracy"])
 
 
+def test_a_report_says_what_was_fine_tuned(folder, tuned, tmp_path):
+    assert main(["report", "--workdir", str(tuned), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert f"Fine-tuning on {folder}/train.tsv" in page and "pre-training" not in page
+
+
 def test_another_config_is_refused_in_a_workdir(folder, tuned, capsys):
     assert (
         main(
