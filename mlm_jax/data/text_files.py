@@ -136,7 +136,7 @@ def _too_large(path: str, line: int, fix: str) -> UserError:
     return UserError(f"{path}, line {line}: a document of more than {MAX_DOCUMENT_BYTES / 2**20:g} MiB; {fix}")
 
 
-def numbered_lines(path: str) -> Iterator[tuple[int, str]]:
+def lines(path: str) -> Iterator[tuple[int, str]]:
     """Numbered lines without their ends (LF or CRLF) and without the file's byte-order mark."""
     with opened(path) as file:
         for number, raw in enumerate(iter(functools.partial(file.readline, MAX_DOCUMENT_BYTES + 1), b""), start=1):
@@ -154,23 +154,23 @@ def _txt_by_file(path: str) -> Iterator[str]:
 
 
 def _txt_by_line(path: str) -> Iterator[str]:
-    for _, line in numbered_lines(path):
+    for _, line in lines(path):
         yield line
 
 
 def _txt_by_blank_line(path: str) -> Iterator[str]:
-    lines: list[str] = []
+    block: list[str] = []
     chars = 0
-    for number, line in numbered_lines(path):
+    for number, line in lines(path):
         if line and not line.isspace():
-            lines.append(line)
+            block.append(line)
             chars += len(line) + 1
             if chars > MAX_DOCUMENT_BYTES:
                 raise _too_large(path, number, "there are too few blank lines; use ?documents=line")
-        elif lines:
-            yield "\n".join(lines)
-            lines, chars = [], 0
-    yield "\n".join(lines)
+        elif block:
+            yield "\n".join(block)
+            block, chars = [], 0
+    yield "\n".join(block)
 
 
 DOCUMENT_RULES: dict[str, Callable[[str], Iterator[str]]] = {
@@ -185,7 +185,7 @@ def _txt(path: str, field: str, rule: str) -> Iterator[str]:
 
 
 def _jsonl(path: str, field: str, rule: str) -> Iterator[str]:
-    for number, line in numbered_lines(path):
+    for number, line in lines(path):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"

@@ -90,7 +90,7 @@ def text_field(record: Record, name: str, where: str, key: str) -> str:
 
 def _table(path: str, kind: str, *, has_header: bool) -> Iterator[tuple[str, Record]]:
     # In GLUE's .tsv a quotation mark is a character like any other; in .csv it quotes.
-    lines = (line + "\n" for _, line in text_files.numbered_lines(path))
+    lines = (line + "\n" for _, line in text_files.lines(path))
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {"strict": True}
     reader = csv.reader(lines, **options)
     names: list[str] = []
@@ -113,7 +113,7 @@ def _table(path: str, kind: str, *, has_header: bool) -> Iterator[tuple[str, Rec
 
 
 def _jsonl(path: str) -> Iterator[tuple[str, Record]]:
-    for number, line in text_files.numbered_lines(path):
+    for number, line in text_files.lines(path):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
@@ -142,7 +142,7 @@ def _parquet(path: str) -> Iterator[tuple[str, Record]]:
 
 def _txt(path: str) -> Iterator[tuple[str, Record]]:
     """A text a line, without labels: for predictions."""
-    for number, line in text_files.numbered_lines(path):
+    for number, line in text_files.lines(path):
         if line and not line.isspace():
             yield f"{path}, line {number}", {"text": line}
 

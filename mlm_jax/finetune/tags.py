@@ -67,7 +67,7 @@ def _from_columns(path: str, task: TaskConfig, *, labelled: bool) -> Iterator[Se
         where = f"{path}, line {began}"
         return _of_words(words, tags if tags else None, where, labelled=labelled)
 
-    for number, line in text_files.numbered_lines(path):
+    for number, line in text_files.lines(path):
         if line.isspace() or not line or line.startswith("-DOCSTART-"):
             if words:
                 yield sentence()
