@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlm_jax.config import Config, ShardingConfig
+from mlm_jax.config import TASKS, Config, ShardingConfig
 from mlm_jax.data.packing import pack
 from mlm_jax.data.pairs import encode, mark_parts
 from mlm_jax.data.sources import open_source
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives import Objective, make_objective
+from mlm_jax.objectives import Objective, Trainable, make_objective, make_task
+from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.sharding import make_mesh
 from mlm_jax.train.checkpoint import load_params
 from mlm_jax.workdir import Workdir
@@ -44,17 +45,45 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
     """
     workdir = Workdir(path)
     cfg = workdir.read_config()
+    if cfg.objective in TASKS:
+        raise UserError(f"{path} is fine-tuned for {cfg.objective} and predicts no tokens: see mlm-jax predict and embed")
     tokenizer = workdir.read_tokenizer()
-    mesh = make_mesh(ShardingConfig())
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(make_mesh(ShardingConfig())):
         objective = make_objective(cfg, Compute.resolve(cfg.compute), mask_id=tokenizer.mask_id)
-        shapes = jax.eval_shape(objective.init, jax.random.key(0))
-        replicated = jax.NamedSharding(mesh, jax.P())
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
-        params, step = load_params(workdir, abstract, ema=cfg.optimizer.ema_decay > 0)
+        params, step = read_params(workdir, objective)
         stage = cfg.stage_of(step)
         objective = make_objective(cfg, objective.compute, stage, mask_id=tokenizer.mask_id)
         yield TrainedRun(workdir, cfg.at_stage(stage), tokenizer, objective, params, step)
+
+
+def read_params(workdir: Workdir, objective: Trainable) -> tuple[Any, int]:
+    """The parameters that a run of this objective has saved, whole on every device of the current mesh, and their step.
+
+    Raises:
+        UserError: nothing was saved yet.
+        MachineError: the checkpoint is damaged.
+    """
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    replicated = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
+    return load_params(workdir, abstract, ema=objective.cfg.optimizer.ema_decay > 0)
+
+
+def read_encoder(workdir: Workdir, compute: Compute) -> tuple[Any, int]:
+    """The parameters of a run's encoder, of ELECTRA the discriminator's, whatever the run was trained for; and their step.
+
+    Raises:
+        UserError, MachineError: as `read_params`.
+    """
+    cfg = workdir.read_config()
+    if cfg.objective in TASKS:
+        params, step = read_params(workdir, make_task(cfg, compute))
+        return params["encoder"], step
+    objective = make_objective(cfg, compute)
+    params, step = read_params(workdir, objective)
+    if isinstance(objective, ReplacedTokenDetection):
+        params = objective.discriminator_params(params)
+    return params["encoder"], step
 
 
 def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray]:

@@ -255,7 +255,10 @@ CHECKS = [
     ("rtd.generator_layers=0", "rtd.generator_layers=0.0 must be in (0, 1]"),
     ("rtd.discriminator_weight=-1", "rtd.discriminator_weight=-1.0 must be at least 0"),
     ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
-    ("objective=mlmm", "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid; did you mean 'mlm'?"),
+    (
+        "objective=mlmm",
+        "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid, classification, ",
+    ),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
     ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu, silu; did you mean"),
     ("model.positions=rotary", "model.positions='rotary' is none of learned, rope, alibi"),

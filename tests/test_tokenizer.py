@@ -203,6 +203,36 @@ def _check_cutting(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Non
         np.testing.assert_array_equal(tokenizer.encode(text), whole)
 
 
+@pytest.mark.parametrize("size", [20, 10_000])
+def test_offsets_are_of_the_characters_that_a_piece_stands_for(tokenizer, monkeypatch, size):
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARS", size)
+    text = "The value of  it: na\u00efve \U0001f600 or changed.\n" + ODD_TEXT
+    ids, spans = tokenizer.encode_with_offsets(text)
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert spans.dtype == np.int32 and spans.shape == (len(ids), 2)
+    assert (np.diff(spans[:, 0]) >= 0).all() and (spans[:, 0] <= spans[:, 1]).all() and spans.max() <= len(text)
+    for word in ("The", "value", "changed", "fox"):
+        start = text.index(word)
+        inside = np.flatnonzero((spans[:, 0] >= start) & (spans[:, 1] <= start + len(word)) & (spans[:, 1] > spans[:, 0]))
+        assert "".join(text[slice(*spans[index])] for index in inside) == word
+        assert tokenizer.decode(ids[inside]).strip().lower() == word.lower()
+    assert not any(text[first].isspace() for first, last in spans if first < last)
+
+
+def test_the_parts_of_a_character_have_its_place(built):
+    for name in ("unigram", "bpe", "roberta"):
+        _, spans = built[name].encode_with_offsets("a \U0001f600 b")
+        assert (spans[1:-1] == [2, 3]).all() and len(spans) > 4
+        assert spans[-1].tolist() == [4, 5]
+
+
+def test_offsets_do_not_count_the_space_that_is_put_before_a_text(tmp_path):
+    _train_byte_bpe(add_prefix_space=True).save(str(tmp_path / "tokenizer.json"))
+    _, spans = load_tokenizer(tmp_path).encode_with_offsets("value of")
+    assert spans[0, 0] == 0 and spans[-1].tolist()[1] == 8
+    assert "".join("value of"[slice(*span)] for span in spans) == "valueof"
+
+
 def test_a_saved_or_pickled_tokenizer_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new" / "folder")
     for again in (load_tokenizer(tmp_path / "new" / "folder"), pickle.loads(pickle.dumps(tokenizer))):

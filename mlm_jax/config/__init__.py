@@ -8,6 +8,7 @@ from mlm_jax.config.checks import check
 from mlm_jax.config.conversion import FREE_ON_RESUME, differences, from_dict, to_dict
 from mlm_jax.config.loading import load_config
 from mlm_jax.config.sections import (
+    TASKS,
     ComputeConfig,
     Config,
     DataConfig,
@@ -22,12 +23,14 @@ from mlm_jax.config.sections import (
     SourceConfig,
     SpanBoundaryConfig,
     StageConfig,
+    TaskConfig,
     TokenizerConfig,
     TrainConfig,
 )
 
 __all__ = [
     "FREE_ON_RESUME",
+    "TASKS",
     "ComputeConfig",
     "Config",
     "DataConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "SourceConfig",
     "SpanBoundaryConfig",
     "StageConfig",
+    "TaskConfig",
     "TokenizerConfig",
     "TrainConfig",
     "check",

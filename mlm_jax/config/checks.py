@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlm_jax.config.conversion import nearest
-from mlm_jax.config.sections import Config, DataConfig, MaskingConfig, StageConfig
+from mlm_jax.config.sections import TASKS, Config, DataConfig, MaskingConfig, StageConfig, TaskConfig
 from mlm_jax.errors import UserError
 
 # Fields by the range that each must lie in; `stages.` stands for every stage.
@@ -40,6 +40,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "span_boundary.max_targets",
         "span_boundary.position_dim",
         "diffusion.draws",
+        "task.stride",
+        "task.max_answer_tokens",
     ),
     "at least 0": (
         "data.max_words",
@@ -65,6 +67,8 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "masking.schedule_steps",
         "span_boundary.loss_weight",
         "compute.head_chunk",
+        "task.epochs",
+        "task.patience",
     ),
     "in [0, 1)": (
         "data.validation_fraction",
@@ -75,9 +79,11 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.ema_decay",
         "stages.mask_rate",
         "masking.rate_spread",
+        "task.warmup",
+        "task.dropout",
     ),
-    "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate", "diffusion.min_rate"),
-    "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers", "diffusion.scored_share"),
+    "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate", "diffusion.min_rate", "task.dev_fraction"),
+    "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers", "diffusion.scored_share", "optimizer.layer_decay"),
     "in [0, 1]": ("masking.mask_prob", "masking.random_prob", "hybrid.causal_share"),
 }
 _HOLDS: dict[str, Callable[[float], bool]] = {
@@ -121,6 +127,7 @@ def check(cfg: Config) -> None:
         _check_diffusion(cfg)
     if cfg.objective == "hybrid":
         _check_hybrid(cfg)
+    _check_task(cfg)
 
 
 def _check_mixture(cfg: Config) -> None:
@@ -332,9 +339,43 @@ def _check_hybrid(cfg: Config) -> None:
             )
 
 
+def _check_task(cfg: Config) -> None:
+    task, kind = cfg.task, cfg.objective
+    if kind not in TASKS:
+        _require(
+            task == TaskConfig(),
+            f"objective={kind!r} pre-trains, and the section task is for the objectives {', '.join(TASKS)}: set one, or "
+            "leave task out",
+        )
+        return
+    _require(bool(task.train), f"objective={kind!r} needs task.train, a file to learn from")
+    _require(len(cfg.stages) == 1, f"objective={kind!r} has one stage, and {len(cfg.stages)} are given")
+    metrics = TASKS[kind]
+    _require(
+        task.metric in ("", *metrics),
+        f"task.metric={task.metric!r} is none of {', '.join(metrics)}{nearest(task.metric, metrics)}",
+    )
+    repeated = [label for label in task.labels if task.labels.count(label) > 1]
+    _require(not repeated, f"task.labels has {repeated[:1]} twice")
+    _require(
+        not task.labels or kind in ("classification", "tagging"), f"task.labels={task.labels} is not for objective={kind!r}"
+    )
+    weights = task.class_weights
+    _require(
+        not weights or (kind == "classification" and len(weights) == len(task.labels) and min(weights) > 0),
+        f"task.class_weights={weights} must be positive, one for each of task.labels={task.labels}, and objective="
+        f"{kind!r} must be 'classification'",
+    )
+    buckets = task.buckets
+    _require(
+        buckets == tuple(sorted({*buckets})) and all(length >= 8 for length in buckets),
+        f"task.buckets={buckets} must be lengths of 8 or more, each above the one before",
+    )
+
+
 _SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "one_minus_sqrt", "wsd")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("mlm", "span", "rtd", "diffusion", "hybrid"),
+    "objective": ("mlm", "span", "rtd", "diffusion", "hybrid", *TASKS),
     "tokenizer.algorithm": ("unigram", "bpe", "characters", "regex", "code", "pretrained"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu", "silu"),
     "model.positions": ("learned", "rope", "alibi"),
@@ -342,6 +383,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "masking.policy": ("token", "whole_word", "span", "ngram", "pmi"),
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),
+    "task.pooling": ("cls", "mean"),
     "rtd.embedding_sharing": ("tied", "disentangled"),
     "optimizer.name": ("adamw", "stable_adamw", "lamb"),
     "optimizer.schedule": _SCHEDULES,

@@ -13,17 +13,18 @@ import ml_collections
 
 from mlm_jax.config.checks import check
 from mlm_jax.config.conversion import describe, from_dict, nearest
-from mlm_jax.config.sections import Config
+from mlm_jax.config.sections import TASKS, Config
 from mlm_jax.errors import UserError
 
 
-def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str, overrides: Iterable[str] = (), *, for_task: bool = False) -> Config:
     """Reads a recipe file, applies `section.field=value` overrides, and checks the whole.
 
     Args:
         path: a Python file with `get_config() -> ml_collections.ConfigDict`, or `FILE.py:VARIANT`, whose `get_config` is
             given the variant's name.
         overrides: `optimizer.learning_rate=1e-3`, `stages[0].steps=100`, as the command line's `--config.` flags.
+        for_task: whether it is to fine-tune a task, not to pre-train.
 
     Raises:
         UserError: the file cannot be used, or a field is unknown, missing, of a wrong type or inconsistent.
@@ -33,6 +34,9 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> Config:
         _apply_override(raw, override)
     cfg = from_dict(raw)
     check(cfg)
+    if (cfg.objective in TASKS) != for_task:
+        use = "pre-trains: mlm-jax train" if for_task else "fine-tunes: mlm-jax finetune"
+        raise UserError(f"{path} is a recipe of objective={cfg.objective!r}, which {use}")
     return cfg
 
 

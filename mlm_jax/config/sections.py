@@ -169,6 +169,42 @@ class HybridConfig:
     causal_share: float = 0.0625  # of a batch's rows; 1 is plain causal language modelling
 
 
+# The objectives of fine-tuning, and what each is measured by.
+TASKS = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "tagging": ("f1", "precision", "recall"),
+    "question_answering": ("f1", "exact_match"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Fine-tuning: what an objective of `TASKS` learns from. Rows are cut or divided at the stage's `seq_len`."""
+
+    train: str = ""  # a file or glob of .tsv, .csv, .jsonl, .parquet, CoNLL columns or SQuAD's .json, a folder of texts in
+    # a folder for each label, or tfds:NAME#SPLIT, hf:NAME#SPLIT
+    dev: str = ""  # the same, for the choice of the best checkpoint; empty: a part of train, chosen by its text's hash
+    dev_fraction: float = 0.1  # that part
+    text: str = "text"  # column of the text; a number counts from 0 in a file whose first line names no columns
+    pair: str = ""  # of a second text; empty: there is none
+    label: str = "label"
+    labels: tuple[str, ...] = ()  # as their ids count them; empty: those found in train, sorted (tagging: without B- and I-)
+    class_weights: tuple[float, ...] = ()  # of the loss, for classification, in the same order; empty: all 1
+    pooling: str = "cls"  # cls (the first token, through a dense layer) | mean; for classification and regression
+    stride: int = 64  # tagging and answers: tokens between the beginnings of the windows that a long text is divided into
+    max_answer_tokens: int = 30
+    null_answers: bool = False  # SQuAD 2.0: a question may have no answer
+    null_threshold: float = 0.0  # by how much "no answer" must score above the best answer
+    epochs: int = 3  # 0: as many steps as the stage has
+    warmup: float = 0.1  # share of the steps; with epochs = 0 optimizer.warmup_steps counts
+    dropout: float = 0.1  # of hidden states and attention, in place of the model's
+    buckets: tuple[int, ...] = (16, 32, 64, 128, 256)  # rows are padded to the shortest of these that holds them
+    metric: str = ""  # of the dev examples, that the best checkpoint is chosen by; empty: the first of the task's
+    patience: int = 0  # evaluations without a better one that end the run; 0: none do
+    random_init: bool = False  # the architecture and tokenizer of init_from, but random parameters, to compare with
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule and the learning-rate curve over the whole run (a stage may restart it)."""
@@ -188,6 +224,7 @@ class OptimizerConfig:
     decay_norms_and_biases: bool = False  # fairseq's RoBERTa: True
     bias_correction: bool = True  # BERT's own Adam: False
     clip_norm: float = 1.0  # global gradient norm; 0 is off
+    layer_decay: float = 1.0  # the learning rate of each layer as a share of the next one's, embeddings being the first
     ema_decay: float = 0.0  # exponential moving average of the parameters; 0 keeps none
 
 
@@ -262,7 +299,7 @@ class Config:
 
     name: str
     seed: int = 0
-    objective: str = "mlm"  # mlm | span
+    objective: str = "mlm"  # mlm | span | rtd | diffusion | hybrid, or one of TASKS
     init_from: str = ""  # a workdir whose newest parameters the run begins with, as `import` writes one; empty: random ones
     reference_topology: str = ""  # where the recipe is known to fit, as `compile` names it: v5e:4x4; empty for a CPU
     data: DataConfig = DataConfig()
@@ -273,6 +310,7 @@ class Config:
     rtd: RtdConfig = RtdConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     hybrid: HybridConfig = HybridConfig()
+    task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     compute: ComputeConfig = ComputeConfig()

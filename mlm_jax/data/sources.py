@@ -67,6 +67,22 @@ def open_source(uri: str) -> Source:
     return source
 
 
+def open_records(uri: str) -> Iterator[Mapping[str, object]]:
+    """All fields of each example of a `tfds:` or `hf:` source, which takes the options of `open_source` but for the field.
+
+    Raises:
+        UserError: another scheme, an unknown option, or a data set that cannot be had.
+    """
+    scheme, _, body = uri.partition(":")
+    if scheme == "tfds":
+        name, split, options = _split_dataset(uri, body, ("data_dir",))
+        return _tfds_records(uri, name, split, options.get("data_dir"))
+    if scheme == "hf":
+        name, split, options = _split_dataset(uri, body, ("config", "revision"))
+        return _hf_records(uri, name, split, options)
+    raise UserError(f"source {uri!r} has no records with named fields; tfds: and hf: have")
+
+
 def _split_options(uri: str, body: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
     """Takes `?name=value&…` off the end; a `?` that is not followed by that shape belongs to a glob."""
     head, _, query = body.rpartition("?")
@@ -181,6 +197,10 @@ def _open_tfds(uri: str, body: str) -> Source:
 
 
 def _tfds_documents(uri: str, name: str, split: str, field: str, data_dir: str | None) -> Iterator[str]:
+    return _records_text(_tfds_records(uri, name, split, data_dir), field, uri)
+
+
+def _tfds_records(uri: str, name: str, split: str, data_dir: str | None) -> Iterator[Mapping[str, object]]:
     import tensorflow_datasets as tfds  # seconds that other sources need not pay
 
     refusals = (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError, ImportError)
@@ -192,7 +212,7 @@ def _tfds_documents(uri: str, name: str, split: str, field: str, data_dir: str |
     except OSError as error:
         raise MachineError(f"{uri}: {error}") from error
     batches = (range(start, min(start + _TFDS_ROWS, len(rows))) for start in range(0, len(rows), _TFDS_ROWS))
-    yield from _records_text((record for batch in batches for record in rows.__getitems__(list(batch))), field, uri)
+    yield from (record for batch in batches for record in rows.__getitems__(list(batch)))
 
 
 def _open_hf(uri: str, body: str) -> Source:
@@ -203,6 +223,10 @@ def _open_hf(uri: str, body: str) -> Source:
 
 
 def _hf_documents(uri: str, name: str, split: str, field: str, options: Mapping[str, str]) -> Iterator[str]:
+    return _records_text(_hf_records(uri, name, split, options), field, uri)
+
+
+def _hf_records(uri: str, name: str, split: str, options: Mapping[str, str]) -> Iterator[Mapping[str, object]]:
     try:
         from datasets import load_dataset  # an optional extra
     except ImportError:
@@ -213,7 +237,7 @@ def _hf_documents(uri: str, name: str, split: str, field: str, options: Mapping[
         raise UserError(f"{uri}: {error}") from error
     except OSError as error:
         raise MachineError(f"{uri}: {error}") from error
-    yield from _records_text(iter(rows), field, uri)
+    yield from rows
 
 
 def _open_pairs(uri: str, body: str) -> Source:

@@ -97,7 +97,7 @@ def _opened_raw(path: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[BinaryIO]:
     """The file's content, decompressed where its name ends in .gz."""
     with _opened_raw(path) as file:
         if path.endswith(".gz"):
@@ -113,7 +113,7 @@ def _too_large(path: str, line: int, fix: str) -> UserError:
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
     """Numbered lines without their ends (LF or CRLF) and without the file's byte-order mark."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, raw in enumerate(iter(functools.partial(file.readline, MAX_DOCUMENT_BYTES + 1), b""), start=1):
             if len(raw) > MAX_DOCUMENT_BYTES:
                 raise _too_large(path, number, "is this a text file with line ends?")
@@ -121,7 +121,7 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _txt_by_file(path: str) -> Iterator[str]:
-    with _opened(path) as file:
+    with opened(path) as file:
         raw = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(raw) > MAX_DOCUMENT_BYTES:
         raise _too_large(path, 1, "split the file's text by ?documents=blank_line or ?documents=line")
@@ -187,7 +187,7 @@ def read_parquet(path: str, field: str) -> Iterator[str]:
     import pyarrow.parquet
 
     with contextlib.ExitStack() as stack:
-        content = stack.enter_context(_opened(path))
+        content = stack.enter_context(opened(path))
         if path.endswith(".gz"):  # Parquet is read from its end, and gzip seeks by reading all over again
             unpacked = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(content, unpacked, 2**20)

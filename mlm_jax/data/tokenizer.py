@@ -69,6 +69,31 @@ class Tokenizer:
         whole[self._is_special[whole]] = self.unk_id
         return whole
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`, and the characters that each piece stands for: int32 [n] and [n, 2], first and behind the last.
+
+        Spaces before a word are left out, and a part of a character has the place of the whole. A piece that stands for
+        nothing in the text may be empty.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for part in self._parts(text):
+            found, spans = self.model.encode_with_offsets(part)
+            ids += found
+            for first, last in spans:
+                while first < last and part[first].isspace():
+                    first += 1
+                offsets.append((start + first, start + last))
+            start += len(part)
+        for index in range(len(offsets) - 2, -1, -1):
+            (first, last), following = offsets[index], offsets[index + 1]
+            if first == last == following[0]:
+                offsets[index] = following
+        whole = np.array(ids, np.int32)
+        whole[self._is_special[whole]] = self.unk_id
+        return whole, np.array(offsets, np.int32).reshape(-1, 2)
+
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """`encode` of each, on one thread: parallelism is by processes."""
         return [self.encode(text) for text in texts]

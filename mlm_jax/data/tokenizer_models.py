@@ -73,6 +73,11 @@ class SentencePieceModel:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, out_type=int)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids and the characters of the text that each stands for, the space before a word included."""
+        found = self._model.encode(text, return_type="offset_mapping")
+        return found["ids"], found["offsets"]
+
     def normalize(self, text: str) -> str:
         """The text as it is cut: spaces are marks, and one comes first."""
         return self._model.normalize(text)
@@ -185,6 +190,12 @@ class TokenizersModel:
         if self._prefix_space and not text.startswith(" "):
             text = " " + text
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As in `SentencePieceModel`."""
+        added = int(self._prefix_space and not text.startswith(" "))
+        found = self._tokenizer.encode(" " * added + text, add_special_tokens=False)
+        return found.ids, [(max(start - added, 0), max(end - added, 0)) for start, end in found.offsets]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -10,15 +10,21 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlm_jax.config import ModelConfig
+from mlm_jax.config import TASKS, ModelConfig, ShardingConfig
 from mlm_jax.data.atomic import new_folder
+from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
-from mlm_jax.inference import TrainedRun, open_run
+from mlm_jax.inference import TrainedRun, open_run, read_params
 from mlm_jax.interop.families import FAMILIES
 from mlm_jax.interop.fields import choose_family, write_model
+from mlm_jax.interop.task_heads import task_fields, task_layout
 from mlm_jax.interop.tensors import layout, to_tensors
 from mlm_jax.interop.tokenizer_files import write_tokenizer
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives import make_task
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
+from mlm_jax.sharding import make_mesh
+from mlm_jax.workdir import Workdir
 
 # What stays behind of an objective that trains more than is written.
 _LEFT_BEHIND = {"span": "the head between a span's ends is left out: no class of transformers has it"}
@@ -45,6 +51,8 @@ def export_run(
     """
     if "://" in os.fspath(out):
         raise UserError(f"{out}: export writes a local folder; copy it to its bucket afterwards")
+    if Workdir(workdir).read_config().objective in TASKS:
+        return export_task(workdir, out, network=network, model_type=model_type)
     with open_run(workdir) as run:
         head, model, params = _network(run, network)
         params = jax.device_get(params)
@@ -55,21 +63,53 @@ def export_run(
     tensors = to_tensors(params, names.tensors)
     if not model.tie_embeddings:
         tensors |= {copy: tensors[original] for copy, original in names.copies.items()}
+    config = write_model(model, chosen, head, tokenizer.model.special)
+    result = _write(out, config, tensors, tokenizer, model)
+    return result | {"model_type": chosen, "step": run.step, "note": _LEFT_BEHIND.get(run.cfg.objective, "")}
+
+
+def export_task(
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    network: str | None = None,
+    model_type: str | None = None,
+) -> dict[str, Any]:
+    """`export_run` of a fine-tuned run: its best checkpoint, with the task's head and its labels.
+
+    Raises:
+        UserError: no class of `transformers` has such a head; or as `export_run`.
+    """
+    if network:
+        raise UserError(f"--network={network} is for objective='rtd', and this run is fine-tuned: leave it out")
+    source = Workdir(workdir)
+    cfg, tokenizer = source.read_config(), source.read_tokenizer()
+    chosen = choose_family(cfg.model, "task", model_type)
+    names = task_layout(cfg, chosen)
+    with jax.set_mesh(make_mesh(ShardingConfig())):
+        params, step = read_params(source, make_task(cfg, Compute.resolve(cfg.compute)))
+        params = jax.device_get(params)
+    model, params = _as_theirs(cfg.model, params, chosen, tokenizer.pad_id)
+    config = write_model(model, chosen, "masked", tokenizer.model.special) | task_fields(cfg, chosen)
+    result = _write(out, config, to_tensors(params, names), tokenizer, model)
+    return result | {"model_type": chosen, "step": step, "note": ""}
+
+
+def _write(
+    out: str | os.PathLike[str],
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+) -> dict[str, Any]:
     with new_folder(pathlib.Path(out)) as folder:
-        config = write_model(model, chosen, head, tokenizer.model.special)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = folder / "model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
         weights.chmod((folder / "config.json").stat().st_mode & 0o777)  # the package lets nobody else read it
         write_tokenizer(tokenizer, folder, max_length=model.max_positions, num_token_types=model.num_token_types)
-    return {
-        "out": str(out),
-        "model_type": chosen,
-        "class": config["architectures"][0],
-        "step": run.step,
-        "parameters": sum(array.size for array in tensors.values()),
-        "note": _LEFT_BEHIND.get(run.cfg.objective, ""),
-    }
+    parameters = sum(array.size for array in tensors.values())
+    return {"out": str(out), "class": config["architectures"][0], "parameters": parameters}
 
 
 def _network(run: TrainedRun, wanted: str | None) -> tuple[str, ModelConfig, Any]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 # How many dimensions of a kernel are its input's, by how its name ends; whatever ends otherwise is no kernel.
-_INPUT_DIMENSIONS = {"DHK": 1, "HKD": 2, "DF": 1, "FD": 1, "DD": 1, "ED": 1, "D1": 1}
+_INPUT_DIMENSIONS = {"DHK": 1, "HKD": 2, "DF": 1, "FD": 1, "DD": 1, "ED": 1, "D1": 1, "DC": 1}
 _TABLE, _BIAS = "encoder.embeddings.tokens_VD", "head.output_bias_V"
 
 

@@ -1,6 +1,6 @@
-"""Pre-training objectives, one file each, behind the contract of `contract`.
+"""Pre-training objectives, one file each, and the tasks of fine-tuning, behind the contract of `contract`.
 
-A new one is a class with the members of `Objective`, its line in `OBJECTIVES`, and its name in `config.checks`.
+A new objective is a class with the members of `Objective`, its line in `OBJECTIVES`, and its name in `config.checks`.
 """
 
 import dataclasses
@@ -8,14 +8,27 @@ from collections.abc import Callable
 
 from mlm_jax.config import Config
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term
+from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term, Trainable
 from mlm_jax.objectives.diffusion import MaskedDiffusion
 from mlm_jax.objectives.hybrid import HybridLM
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.objectives.span import SpanBert
+from mlm_jax.objectives.tasks import Labelling, Regression, SpanExtraction, Task
 
-__all__ = ["OBJECTIVES", "Batch", "Keys", "LossSums", "Objective", "Params", "Term", "make_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Batch",
+    "Keys",
+    "LossSums",
+    "Objective",
+    "Params",
+    "Task",
+    "Term",
+    "Trainable",
+    "make_objective",
+    "make_task",
+]
 
 # What a recipe's `objective` names: (cfg, compute, stage) -> Objective.
 OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {
@@ -37,3 +50,17 @@ def make_objective(cfg: Config, compute: Compute, stage: int = 0, *, mask_id: in
     """
     objective = OBJECTIVES[cfg.objective](cfg.at_stage(stage), compute, stage)
     return dataclasses.replace(objective, mask_id=mask_id) if isinstance(objective, MaskedDiffusion) else objective
+
+
+# What it names where a task is fine-tuned: (cfg, compute) -> Task.
+_TASKS: dict[str, Callable[[Config, Compute], Task]] = {
+    "classification": Labelling,
+    "regression": Regression,
+    "tagging": Labelling,
+    "question_answering": SpanExtraction,
+}
+
+
+def make_task(cfg: Config, compute: Compute) -> Task:
+    """The task that a config names; its labels must be known."""
+    return _TASKS[cfg.objective](cfg, compute)

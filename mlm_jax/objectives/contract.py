@@ -58,8 +58,8 @@ class Keys(NamedTuple):
     step: jax.Array | int = 0
 
 
-class Objective(Protocol):
-    """An objective of one stage of a run, made by `make_objective`."""
+class Trainable(Protocol):
+    """What a step trains: an objective of pre-training, or a task that is fine-tuned."""
 
     loss_names: ClassVar[tuple[str, ...]]  # the keys of `LossSums.losses`
     metric_names: ClassVar[tuple[str, ...]]  # and of its `metrics`, each a share between 0 and 1
@@ -75,6 +75,13 @@ class Objective(Protocol):
 
     def loss(self, params: Params, batch: Batch, keys: Keys, vocab: VocabTables) -> LossSums:
         """The sums of a batch or of a micro-batch, of which some rows or all may be padding."""
+
+    def flops_per_token(self, segment_length: float, predicted: float) -> float:
+        """Forward and backward FLOPs for one real token, as `flops.train_flops_per_token` counts them."""
+
+
+class Objective(Trainable, Protocol):
+    """An objective of one stage of a pre-training run, made by `make_objective`."""
 
     def logits(
         self,
@@ -95,6 +102,3 @@ class Objective(Protocol):
         Of a batch with epoch 0 and a key that is the same at every evaluation, so that its masks are frozen. For a term
         "…bits_per_token" the evaluation reports "…perplexity" too.
         """
-
-    def flops_per_token(self, segment_length: float, predicted: float) -> float:
-        """Forward and backward FLOPs for one real token, as `flops.train_flops_per_token` counts them."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlm_jax import __version__
-from mlm_jax.config import to_dict
+from mlm_jax.config import TASKS, to_dict
 from mlm_jax.report.charts import Curve, chart
 from mlm_jax.report.runs import Record, Run
 
@@ -18,7 +18,12 @@ def page(runs: Sequence[Run], lead: str = "") -> str:
     """The whole HTML document; `lead` is HTML that comes before all sections."""
     style = importlib.resources.files("mlm_jax.report").joinpath("page.css").read_text(encoding="utf-8")
     title = " · ".join(run.label for run in runs)
-    sources = dict.fromkeys(_source_of(run) for run in runs)
+    work = dict.fromkeys(
+        f"Fine-tuning on {run.cfg.task.train}"
+        if run.cfg.objective in TASKS
+        else f"Masked-language-model pre-training on {_source_of(run)}"
+        for run in runs
+    )
     sections = [lead, _headline(runs), _by_source(runs), _charts(runs), _probes(runs), _config(runs)]
     # The policy lets the page load nothing at all, from anywhere.
     return f"""<!doctype html>
@@ -33,7 +38,7 @@ def page(runs: Sequence[Run], lead: str = "") -> str:
 </head>
 <body>
 <h1>{_text(title)}</h1>
-<p class="muted">Masked-language-model pre-training on {_text(" and ".join(sources))}</p>
+<p class="muted">{_text("; ".join(work))}</p>
 {"".join(section for section in sections if section)}
 <footer>Written by mlm-jax {__version__} from metrics.jsonl and config.json.</footer>
 </body>

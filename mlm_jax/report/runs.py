@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mlm_jax.config import Config
+from mlm_jax.config import TASKS, Config
 from mlm_jax.errors import UserError
 from mlm_jax.train.writer import read_metrics
 from mlm_jax.workdir import Workdir
@@ -32,8 +32,13 @@ class Run:
         return max(record["step"] for record in self.train + self.evals)
 
     def tokens_and_seconds(self) -> tuple[float, float]:
-        """Real tokens trained on, and the time that took: evaluation, checkpoints and interruptions are not in it."""
+        """Real tokens trained on, and the time that took: evaluation, checkpoints and interruptions are not in it.
+
+        Both are 0 where a task is fine-tuned, whose rows have any length.
+        """
         tokens = seconds = 0.0
+        if self.cfg.objective in TASKS:
+            return tokens, seconds
         last_step = 0
         for record in self.train:
             stage = self.cfg.stages[record["stage"]]

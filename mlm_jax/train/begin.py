@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mlm_jax.config import Config, ModelConfig
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
-from mlm_jax.objectives import Objective, make_objective
+from mlm_jax.objectives import Trainable, make_objective
 from mlm_jax.train.checkpoint import load_params
 from mlm_jax.train.state import TrainState
 from mlm_jax.workdir import Workdir
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _MAY_DIFFER = ("dropout", "attention_dropout", "init_std", "init_truncated", "init_scaled", "rope_base", "local_rope_base")
 
 
-def begin(state: TrainState, objective: Objective, tokenizer: Tokenizer) -> TrainState:
+def begin(state: TrainState, objective: Trainable, tokenizer: Tokenizer) -> TrainState:
     """The state at step 0: as it was drawn, or with the parameters (or their average) of the run that `init_from` names.
 
     Raises:

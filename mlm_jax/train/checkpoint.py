@@ -28,6 +28,7 @@ from mlm_jax.workdir import Workdir
 logger = logging.getLogger(__name__)
 
 DIGESTS = "digests"
+SCORE = "score"
 
 
 class Checkpoints:
@@ -35,9 +36,11 @@ class Checkpoints:
 
     def __init__(self, workdir: Workdir, *, keep: int):
         self._workdir = workdir
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(n=1, get_metric_fn=lambda metrics: metrics[SCORE], keep_checkpoints_without_metrics=False)
         self._checkpointer = ocp.training.Checkpointer(
             epath.Path(workdir.checkpoints).resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
 
@@ -54,8 +57,11 @@ class Checkpoints:
             "No checkpoint is there yet" if self.last_step is None else f"The last whole checkpoint is step {self.last_step}"
         )
 
-    def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
+    def save(self, state: TrainState, step: int, *, score: float | None = None, wait: bool = False) -> None:
         """Begins writing; returns once the state has been copied, or, with `wait`, once it is on disk.
+
+        Args:
+            score: where it is the best so far, by how much: the one of the highest score is kept beside the newest.
 
         Raises:
             MachineError: this checkpoint, or the one begun before it, could not be written.
@@ -63,7 +69,10 @@ class Checkpoints:
         try:
             parts = _split(state)
             kept = {name: digests(part) for name, part in parts.items()}
-            self._checkpointer.save_checkpointables_async(step, parts, force=True, custom_metadata={DIGESTS: kept})
+            metrics = None if score is None else {SCORE: score}
+            self._checkpointer.save_checkpointables_async(
+                step, parts, force=True, metrics=metrics, custom_metadata={DIGESTS: kept}
+            )
             if wait:
                 self.wait()
         except MachineError:
@@ -181,7 +190,7 @@ def _all_processes(holds: bool) -> bool:
 
 
 def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[Any, int]:
-    """The parameters of the newest checkpoint, or their moving average, and its step.
+    """The parameters of the checkpoint of the highest score, else of the newest, or their moving average, and its step.
 
     Raises:
         UserError: the run has not saved anything yet.
@@ -193,18 +202,20 @@ def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[A
         latest = checkpointer.latest
         if latest is None:
             raise UserError(f"{workdir.path} has no checkpoint yet; train first")
+        scored = [checkpoint for checkpoint in checkpointer.checkpoints if checkpoint.metrics]
+        chosen = scored[-1] if scored else latest  # each scored one was the best when it was saved
         part = "ema" if ema else "params"
         try:
             with _dropping_abandoned_reads():
-                parts = checkpointer.load_checkpointables(latest.step, {part: abstract_params})
-            reason = _difference(parts, _kept_digests(epath.Path(workdir.checkpoints) / str(latest.step)))
+                parts = checkpointer.load_checkpointables(chosen.step, {part: abstract_params})
+            reason = _difference(parts, _kept_digests(epath.Path(workdir.checkpoints) / str(chosen.step)))
         except Exception as error:
             reason = _first_line(error)
         if not reason:
-            return parts[part], latest.step
-        others = [checkpoint.step for checkpoint in checkpointer.checkpoints if checkpoint.step != latest.step]
-        hint = f"; to use that of step {max(others)}, move {latest.path} away" if others else ""
-        raise MachineError(f"checkpoint {latest.step} of {workdir.path} cannot be read: {reason}{hint}")
+            return parts[part], chosen.step
+        others = [checkpoint.step for checkpoint in checkpointer.checkpoints if checkpoint.step != chosen.step]
+        hint = f"; to use that of step {max(others)}, move {chosen.path} away" if others else ""
+        raise MachineError(f"checkpoint {chosen.step} of {workdir.path} cannot be read: {reason}{hint}")
 
 
 def _kept_digests(checkpoint: epath.Path) -> dict[str, dict[str, int]]:

@@ -1,6 +1,8 @@
-"""The training loop: restore, then batch after batch into the compiled step, with logs, evaluations and checkpoints."""
+"""The training loop: restore, then batch after batch into the compiled step, with logs, evaluations and checkpoints.
 
-import collections
+What is trained, on what, and how it is judged is a `Job`: pre-training (`train.pretraining`) or a task (`finetune.job`).
+"""
+
 import contextlib
 import dataclasses
 import logging
@@ -8,28 +10,20 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 
 from mlm_jax import flops
 from mlm_jax.config import Config, StageConfig
-from mlm_jax.data.corpus import Corpus, open_corpus
-from mlm_jax.data.loader import Examples, Rows
-from mlm_jax.data.mixture import training_rows
-from mlm_jax.data.ngrams import read_ngrams
-from mlm_jax.data.prepare import prepare
 from mlm_jax.distributed import Peers
 from mlm_jax.errors import MachineError, UserError
-from mlm_jax.fill_mask import Filler
-from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives import make_objective
-from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh, place
-from mlm_jax.train.begin import begin
+from mlm_jax.masking import VocabTables
+from mlm_jax.objectives import Batch, Trainable
+from mlm_jax.sharding import check_batch, check_networks, connect, make_mesh
+from mlm_jax.train.best import Best
 from mlm_jax.train.checkpoint import Checkpoints
-from mlm_jax.train.evaluate import HeldOut, described, evaluate_sources, make_eval_step
-from mlm_jax.train.feed import check_epochs, device_batches, token_bytes, vocab_tables
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import TrainState, init_state, share_of
 from mlm_jax.train.step import make_train_step
@@ -55,26 +49,55 @@ class Profile:
     stop: int
 
 
-def train(
-    cfg: Config,
-    workdir_path: str | os.PathLike[str],
-    *,
-    data_dir: str | os.PathLike[str] | None = None,
-    workers: int | None = None,
-    profile: Profile | None = None,
-    peers: Peers | None = None,
-) -> None:
-    """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a run takes place: its workdir, held by this process, the current mesh, and the other processes."""
 
-    Args:
-        data_dir: the prepared corpus; made there when missing. Default: `data/` in the workdir.
-        workers: processes for preparation; default one a core.
-        peers: the other processes of this run, which call this at the same time with the same arguments; none when None.
+    workdir: Workdir
+    mesh: jax.sharding.Mesh
+    peers: Peers
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """What is left of a stage, as a job gives it to the loop.
+
+    Attributes:
+        objective: the stage's.
+        batches: of the steps to come.
+        ranges: of a mixture, the ids, from … up to, of each source's examples.
+        epochs: of a mixture, how often each source has been gone through after so many steps of the whole stage.
+    """
+
+    objective: Trainable
+    batches: Iterator[Batch]
+    ranges: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    epochs: Callable[[int], dict[str, float]] = lambda steps: {}
+
+
+class Job(Protocol):
+    """What a run trains and how it is judged."""
+
+    objective: Trainable  # of any stage: names, parameters and FLOPs are the same in all
+    vocab: VocabTables  # on the current mesh
+    sources: tuple[str, ...]  # of a mixture, their names
+
+    def begin(self, state: TrainState) -> TrainState:
+        """The state at step 0, made of the one that was drawn at random."""
+
+    def enter(self, index: int, done: int) -> Leg:
+        """Begins a stage, or goes on with it after `done` of its steps."""
+
+    def evaluate(self, step: int, params: Any) -> dict[str, Any]:
+        """What an evaluation writes down."""
+
+
+@contextlib.contextmanager
+def site(cfg: Config, workdir_path: str | os.PathLike[str], peers: Peers | None) -> Iterator[Site]:
+    """Checks the config against the devices, holds the workdir and sets the mesh.
 
     Raises:
-        UserError: the config does not fit the machine, the corpus, or the run in the workdir.
-        MachineError: the loss stopped being finite, or a file could not be written.
-        Stop: SIGTERM or SIGINT arrived, here or at a peer; the state was saved first.
+        UserError: the config does not fit the devices, or another process trains in the workdir.
     """
     peers = peers or Peers()
     if jax.process_count() != peers.count:
@@ -90,76 +113,49 @@ def train(
     with contextlib.ExitStack() as stack:
         if peers.is_primary:
             stack.enter_context(workdir.lock())
-        corpus = _open(cfg, workdir, data_dir or workdir.default_data, workers, peers)
-        over = "a source at most" if corpus.parts else "the training text"
-        logger.info("%d steps pass over %s %.2f times", cfg.total_steps, over, check_epochs(cfg, corpus))
         stack.enter_context(jax.set_mesh(mesh))
-        received = stack.enter_context(_signals())
-        _Run(cfg, workdir, corpus, mesh, profile, received, peers).train()
+        yield Site(workdir, mesh, peers)
 
 
-def _open(cfg: Config, workdir: Workdir, data_dir: str | os.PathLike[str], workers: int | None, peers: Peers) -> Corpus:
-    """The primary makes what is missing of the workdir and the corpus; the others wait for it and open them."""
-    if peers.is_primary:
-        workdir.open_for_training(cfg)
-        corpus = prepare(cfg, data_dir, workers)
-        workdir.write_language(
-            corpus.tokenizer, corpus.unigrams, {name: part.unigrams for name, part in corpus.parts.items()}
-        )
-        if cfg.masking.ngrams:
-            workdir.keep_ngrams(read_ngrams(cfg.masking.ngrams))
-        peers.announce()
-        return corpus
-    peers.wait_for_primary()
-    try:
-        workdir.read_config()
-        return open_corpus(data_dir, cfg)
-    except UserError as error:
-        raise UserError(
-            f"process {peers.index} does not see what process 0 has prepared ({error}): --workdir and --data must be on a "
-            "disk that all processes share"
-        ) from error
+def run(cfg: Config, here: Site, job: Job, *, best: Best | None = None, profile: Profile | None = None) -> int | None:
+    """Trains to the last stage's last step, continuing from the workdir's newest checkpoint.
+
+    Args:
+        best: the measure by which evaluations are compared: the best one's checkpoint is kept, and the run may end early.
+
+    Returns:
+        A signal that came too late to stop this run, for what would come after it.
+
+    Raises:
+        UserError: the config does not fit the run in the workdir.
+        MachineError: the loss stopped being finite, or a file could not be written.
+        Stop: SIGTERM or SIGINT arrived, here or at a peer; the state was saved first.
+    """
+    with _signals() as received:
+        _Run(cfg, here, job, best, profile, received).train()
+    return received[0] if received else None
 
 
 class _Run:
     """One process's part of a run: what was built once and is used in every step."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        workdir: Workdir,
-        corpus: Corpus,
-        mesh: jax.sharding.Mesh,
-        profile: Profile | None,
-        received: list[int],
-        peers: Peers,
-    ):
-        self.cfg, self.workdir, self.corpus, self.mesh = cfg, workdir, corpus, mesh
-        self.received, self.peers, self.is_primary = received, peers, peers.is_primary
+    def __init__(self, cfg: Config, here: Site, job: Job, best: Best | None, profile: Profile | None, received: list[int]):
+        self.cfg, self.workdir, self.mesh, self.job, self.best = cfg, here.workdir, here.mesh, job, best
+        self.received, self.peers, self.is_primary = received, here.peers, here.peers.is_primary
         self.profile = profile if self.is_primary else None
-        self.compute = Compute.resolve(cfg.compute)
         self.optimizer, self.schedule = make_optimizer(cfg), learning_rate(cfg)
-        self.vocab = vocab_tables(cfg, corpus.tokenizer, workdir.read_ngrams())
-        self.log_unigrams = {
-            name: place(workdir.log_unigrams(cfg.model.vocab_size, name), jax.P()) for name in corpus.parts or ("",)
-        }
-        self.bytes_V = place(token_bytes(corpus.tokenizer, cfg.model.vocab_size), jax.P())
-        self.checkpoints = Checkpoints(workdir, keep=cfg.train.keep_checkpoints)
-        self._measure_as(0)
+        self.checkpoints = Checkpoints(here.workdir, keep=cfg.train.keep_checkpoints)
+        self.objective = job.objective
         self.last_time, self.last_step, self.tracing = 0.0, 0, False
         self.paused_seconds = 0.0  # evaluation and checkpoints, left out of the throughput
-
-    def _measure_as(self, stage: int) -> None:
-        """Evaluates and fills masks with the model as it is in this stage."""
-        self.objective = make_objective(self.cfg, self.compute, stage, mask_id=self.corpus.tokenizer.mask_id)
-        self.eval_step = make_eval_step(self.cfg, self.objective)
-        self.filler = Filler(self.objective, self.corpus.tokenizer)
 
     def train(self) -> None:
         if jax.process_count() > 1:
             connect(self.mesh)
         state, step = self._restore_or_init()
-        if step >= self.cfg.total_steps:
+        if self.best is not None and step:
+            self.best.recall(self.workdir.path, step)
+        if step >= self.cfg.total_steps or self._ends_early():
             logger.info("this run has finished: %s is at step %d of %d", self.workdir.path, step, self.cfg.total_steps)
         if self.cfg.optimizer.warmup_steps >= self.cfg.total_steps:
             logger.warning(
@@ -173,47 +169,40 @@ class _Run:
             MetricWriter(self.workdir.path, self.cfg, step, is_primary=self.is_primary) as self.writer,
             Progress(self.cfg.total_steps, step, self.objective.metric_names, is_primary=self.is_primary) as self.progress,
         ):
-            # Examples that the stages so far have seen at each row length; of a mixture, of each source.
-            seen: dict[int, Any] = collections.defaultdict(int)
+            first = 0
             for index, stage in enumerate(self.cfg.stages):
-                rows = training_rows(self.corpus, self.cfg, stage)
-                last = self.cfg.first_step(index) + stage.steps
-                if step < last:
-                    state = self._train_stage(index, stage, rows, state, step, last, seen[stage.seq_len])
+                last = first + stage.steps
+                if step < last and not self._ends_early():
+                    state = self._train_stage(index, stage, state, step, last)
                     step = last
-                seen[stage.seq_len] = seen[stage.seq_len] + rows.counts(stage.steps * stage.batch_size)
+                first = last
         self.checkpoints.close()
 
-    def _train_stage(
-        self, index: int, stage: StageConfig, rows: Examples, state: TrainState, first: int, last: int, seen: Any
-    ) -> TrainState:
+    def _ends_early(self) -> bool:
+        return self.best is not None and self.best.is_final
+
+    def _train_stage(self, index: int, stage: StageConfig, state: TrainState, first: int, last: int) -> TrainState:
         cfg, began = self.cfg, self.cfg.first_step(index)
-        if cfg.at_stage(index).model != self.objective.cfg.model:
-            self._measure_as(index)
-        objective = make_objective(cfg, self.compute, index)
+        leg = self.job.enter(index, first - began)
         train_step = make_train_step(
-            cfg, stage, objective, self.optimizer, self.schedule, first_step=began, sources=rows.ranges
-        )
-        validation = self._freeze_validation(stage)
-        feed = device_batches(
-            rows, stage, self.mesh, seed=cfg.seed, start_step=first - began, num_steps=last - first, seen=seen
+            cfg, stage, leg.objective, self.optimizer, self.schedule, first_step=began, sources=leg.ranges
         )
 
-        def epochs(step: int) -> dict[str, float]:
-            return rows.epochs(seen + rows.counts((step - began) * stage.batch_size))
+        def log(step: int, metrics: dict[str, Any]) -> None:
+            self._log(index, step, metrics, leg.epochs(step - began))
 
         logger.info("stage %d: steps %d to %d, %d rows of %d tokens", index, first, last, stage.batch_size, stage.seq_len)
         pending: tuple[int, dict[str, Any]] | None = None
         self.last_time, self.last_step, self.paused_seconds = time.perf_counter(), first, 0.0
         # The order within a step is a contract: next batch, dispatch, write the previous metrics, evaluate, save.
         for step in range(first + 1, last + 1):
-            batch = next(feed)
+            batch = next(leg.batches)
             self._trace(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch, self.vocab)
+                state, metrics = train_step(state, batch, self.job.vocab)
             self._trace(step, metrics)
             if pending is not None:
-                self._log(index, *pending, epochs(pending[0]))
+                log(*pending)
                 pending = None
             if step % cfg.train.log_every == 0 or step == last:
                 pending = (step, metrics)
@@ -224,22 +213,24 @@ class _Run:
                 continue
             # What a checkpoint's step has logged must be on disk before the checkpoint is.
             if pending is not None:
-                self._log(index, *pending, epochs(pending[0]))
+                log(*pending)
                 pending = None
             with self._pause():
                 self._refuse_nonfinite(step, jax.device_get(metrics["nonfinite"]))
-                if evaluating:
-                    self._evaluate(step, state, validation)
-                if saving or stopping:
-                    self.checkpoints.save(state, step, wait=stopping or step == cfg.total_steps)
-            if stopping and step < cfg.total_steps:
+                improved = evaluating and self._evaluate(step, state)
+                ending = step == cfg.total_steps or self._ends_early()
+                if saving or stopping or improved or ending:
+                    score = self.best.value if self.best is not None and improved else None
+                    self.checkpoints.save(state, step, score=score, wait=stopping or ending)
+            if ending:
+                break
+            if stopping:
                 self.checkpoints.close()
                 raise Stop(self.received[0] if self.received else signal.SIGTERM, step)
         return state
 
     def _restore_or_init(self) -> tuple[TrainState, int]:
-        sources = tuple(share_of(name) for name in self.corpus.parts)
-        names = self.objective.loss_names + self.objective.metric_names + sources
+        names = self.objective.loss_names + self.objective.metric_names + tuple(map(share_of, self.job.sources))
         create = jax.jit(
             lambda: init_state(
                 self.objective.init(jax.random.key(self.cfg.seed)),
@@ -252,7 +243,7 @@ class _Run:
         abstract = jax.tree.map(self._concrete, jax.eval_shape(create))
         restored = self.checkpoints.restore(abstract)
         if restored is None:
-            return begin(create(), self.objective, self.corpus.tokenizer), 0
+            return self.job.begin(create()), 0
         logger.info("continuing from the checkpoint of step %d", restored[1])
         return restored
 
@@ -260,18 +251,6 @@ class _Run:
         spec = jax.P() if leaf.sharding is None else leaf.sharding.spec  # scalars carry none
         sharding = jax.NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    def _freeze_validation(self, stage: StageConfig) -> dict[str, HeldOut]:
-        parts = self.corpus.parts or {"": self.corpus}
-        most = max(1, self.cfg.evaluation.max_rows // len(parts))
-        frozen = {}
-        for name, part in parts.items():
-            rows = Rows(part.path, stage.seq_len, "validation")
-            read = rows.read(range(min(len(rows), most)))
-            if self.is_primary:
-                self.workdir.write_validation(stage.seq_len, read, name)
-            frozen[name] = HeldOut(read, self.log_unigrams[name])
-        return frozen
 
     def _log(self, stage_index: int, step: int, metrics: dict[str, Any], epochs: dict[str, float]) -> None:
         metrics = jax.device_get(metrics)
@@ -316,18 +295,11 @@ class _Run:
                 "longer warm-up, optimizer.clip_norm=1.0, or compute.dtype=float32"
             )
 
-    def _evaluate(self, step: int, state: TrainState, validation: dict[str, HeldOut]) -> None:
-        params = state.params if state.ema is None else state.ema
-        values = evaluate_sources(
-            self.eval_step, params, validation, self.vocab, self.bytes_V, self.cfg.evaluation.batch_size
-        )
-        for line in described(values):
-            logger.info("step %d %s", step, line)
-        probes = self.cfg.evaluation.probes
-        if probes:
-            fills = self.filler(params, probes, top_k=5)
-            values["probes"] = [{"text": text, "fills": fill} for text, fill in zip(probes, fills, strict=True)]
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Evaluates, and says whether the result is the best so far, where that is asked for."""
+        values = self.job.evaluate(step, state.params if state.ema is None else state.ema)
         self.writer.write(step, "eval", values)
+        return self.best is not None and self.best.add(step, values)
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:

@@ -113,7 +113,7 @@ def _one_minus_sqrt(peak: float, floor: float, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipping, moments, decoupled weight decay, LAMB's trust ratio, and the learning rate, in this order.
+    """Clipping, moments, decoupled weight decay, LAMB's trust ratio, layers' shares and the learning rate, in this order.
 
     Its `update` takes `finite`, which leaves the moments as they are when false, and `grad_norm`, so as not to compute it
     again. The decay is multiplied by the learning rate but not by the moments; with `decay_at_peak` by the rate's share of
@@ -144,6 +144,8 @@ def make_optimizer(cfg: Config) -> optax.GradientTransformationExtraArgs:
         parts += [adam, decay] if decay else [adam]
     if rule.name == "lamb":
         parts.append(optax.masked(scale_by_layer_trust_ratio(), mask))
+    if rule.layer_decay < 1.0:
+        parts.append(scale_by_depth(rule.layer_decay))
     parts.append(optax.scale_by_learning_rate(learning_rate(cfg)))
     return optax.with_extra_args_support(optax.chain(*parts))
 
@@ -157,7 +159,7 @@ def decay_mask(params: Any, *, embeddings: bool = True, norms_and_biases: bool =
     """
 
     def decays(path: Any, _: Any) -> bool:
-        *modules, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        *modules, leaf = _names(path)
         if "bias" in leaf.split("_") or any("norm" in module.split("_") for module in modules):
             return norms_and_biases
         return embeddings or "embeddings" not in modules
@@ -236,6 +238,35 @@ def stabilise(
     return optax.GradientTransformationExtraArgs(lambda params: (adam.init(params), decay.init(params)), update)
 
 
+def scale_by_depth(decay: float) -> optax.GradientTransformation:
+    """Multiplies updates by `decay` once for each layer between them and the head, and once more for embeddings.
+
+    Of N layers the last has the factor `decay`, the first decay^N, and what lies before them, as the tables, decay^(N+1).
+
+    Source: google-research/electra:model/optimization.py (_get_layer_lrs).
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        named = jax.tree_util.tree_leaves_with_path(updates)
+        layers = {leaf.shape[0] for path, leaf in named if STACKED in _names(path)}
+        count = max(layers, default=0)
+
+        def scale(path: Any, update: jax.Array) -> jax.Array:
+            if STACKED in _names(path):
+                powers = decay ** jnp.arange(len(update), 0, -1, dtype=update.dtype)
+                return update * powers.reshape(-1, *(1,) * (update.ndim - 1))
+            before_layers = "encoder" in _names(path) and "final_norm" not in _names(path)
+            return update * decay ** (count + 1) if before_layers else update
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _names(path: Any) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
 def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
     """Rescales each update to its weights' norm, tensor by tensor: each layer of a stacked parameter has its own ratio.
 
@@ -260,5 +291,4 @@ def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
 
 def _axes_of_tensor(path: Any, array: jax.Array) -> tuple[int, ...]:
     """The axes of one tensor in a parameter, which may be a stack of layers'."""
-    stacked = STACKED in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return tuple(range(int(stacked), array.ndim))
+    return tuple(range(int(STACKED in _names(path)), array.ndim))

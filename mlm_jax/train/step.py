@@ -12,7 +12,7 @@ from mlm_jax.config import Config, StageConfig
 from mlm_jax.masking import VocabTables
 from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import collect, ready
-from mlm_jax.objectives import Batch, Keys, LossSums, Objective, Term
+from mlm_jax.objectives import Batch, Keys, LossSums, Term, Trainable
 from mlm_jax.segments import attended
 from mlm_jax.sharding import ROWS
 from mlm_jax.train.state import TrainState, share_of
@@ -24,7 +24,7 @@ TrainStep = Callable[[TrainState, Batch, VocabTables], tuple[TrainState, StepMet
 def make_train_step(
     cfg: Config,
     stage: StageConfig,
-    objective: Objective,
+    objective: Trainable,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,

@@ -1,0 +1,106 @@
+"""Fine-tuned runs as folders of `transformers`: its logits are ours, and its labels."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from interop_runs import config, small_tokenizer
+from safetensors.numpy import load_file
+
+from mlm_jax.config import ShardingConfig, TaskConfig
+from mlm_jax.errors import UserError
+from mlm_jax.interop.load import write_run
+from mlm_jax.interop.save import export_run
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives import make_task
+from mlm_jax.sharding import make_mesh
+from mlm_jax.workdir import Workdir
+
+KINDS = {
+    "classification": ("SequenceClassification", TaskConfig(train="x", labels=("bad", "good", "so so"))),
+    "regression": ("SequenceClassification", TaskConfig(train="x")),
+    "tagging": ("TokenClassification", TaskConfig(train="x", labels=("X", "Y"))),
+    "question_answering": ("QuestionAnswering", TaskConfig(train="x")),
+}
+FAMILIES = {
+    "bert": {"num_token_types": 2},
+    "roberta": {"position_offset": 1, "activation": "gelu_erf"},
+    "electra": {"table_dim": 16, "activation": "gelu_erf"},
+}
+LENGTHS = (5, 24, 11)
+
+
+def write_task(path, objective, **fields):
+    """A workdir with random parameters, and the logits of rows of some lengths."""
+    cfg = dataclasses.replace(config(**fields), objective=objective, task=KINDS[objective][1])
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, 250, (8, 24)).astype(np.int32)
+    segment_ids = (np.arange(24) < np.resize(LENGTHS, 8)[:, None]).astype(np.int32)
+    batch = {"tokens": np.where(segment_ids > 0, tokens, small_tokenizer().pad_id), "segment_ids": segment_ids}
+    if objective == "question_answering":
+        batch["allowed"] = np.ones_like(tokens)
+    with jax.set_mesh(make_mesh(ShardingConfig(data=1), jax.devices()[:1])):
+        task = make_task(cfg, Compute.resolve(cfg.compute))
+        shapes = jax.eval_shape(task.init, jax.random.key(0))
+        params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+        write_run(Workdir(path), cfg, small_tokenizer(), task, params)
+        return batch, np.asarray(jax.jit(task.outputs)(params, batch))
+
+
+@pytest.mark.parametrize("objective", KINDS)
+def test_a_folder_has_the_classes_tensors_and_labels(tmp_path, objective):
+    write_task(tmp_path / "run", objective)
+    result = export_run(tmp_path / "run", tmp_path / "folder")
+    assert result["class"] == f"BertFor{KINDS[objective][0]}" and result["step"] == 0
+    raw = json.loads((tmp_path / "folder" / "config.json").read_text())
+    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    outputs = {"classification": 3, "regression": 1, "tagging": 5, "question_answering": 2}[objective]
+    head = "qa_outputs" if objective == "question_answering" else "classifier"
+    assert tensors[f"{head}.weight"].shape == (outputs, 32)
+    assert ("bert.pooler.dense.weight" in tensors) is (outputs in (1, 3))
+    labels = {"classification": ["bad", "good", "so so"], "tagging": ["O", "B-X", "I-X", "B-Y", "I-Y"]}.get(objective)
+    assert list(raw.get("id2label", {}).values()) == (labels or [])
+    assert raw.get("num_labels", outputs) == outputs
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("objective", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_computes_the_same(tmp_path, family, objective):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    batch, ours = write_task(tmp_path / "run", objective, **FAMILIES[family])
+    if family == "electra" and objective in ("classification", "regression"):
+        with pytest.raises(UserError, match="is another function than ours: --model-type=bert"):
+            export_run(tmp_path / "run", tmp_path / "folder")
+        return
+    assert export_run(tmp_path / "run", tmp_path / "folder")["model_type"] == family
+    model = getattr(transformers, f"AutoModelFor{KINDS[objective][0]}").from_pretrained(tmp_path / "folder").eval()
+    with torch.no_grad():
+        found = model(
+            input_ids=torch.from_numpy(batch["tokens"]).long(), attention_mask=torch.from_numpy(batch["segment_ids"])
+        )
+    if objective == "question_answering":
+        theirs = torch.stack([found.start_logits, found.end_logits], -1).numpy()
+    else:
+        theirs = found.logits.numpy().reshape(8, -1, ours.shape[-1])
+    real = batch["segment_ids"][:, : ours.shape[1]] > 0
+    np.testing.assert_allclose(theirs[real], ours[real], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "options", "message"),
+    [
+        ("mean", {}, "task.pooling='mean' cannot be exported"),
+        ("cls", {"network": "generator"}, "--network=generator is for objective='rtd'"),
+        ("cls", {"model_type": "electra"}, "is another function than ours"),
+    ],
+)
+def test_what_transformers_has_not_is_refused(tmp_path, monkeypatch, pooling, options, message):
+    kind, task = KINDS["classification"]
+    monkeypatch.setitem(KINDS, "classification", (kind, dataclasses.replace(task, pooling=pooling)))
+    write_task(tmp_path / "run", "classification")
+    with pytest.raises(UserError, match=message):
+        export_run(tmp_path / "run", tmp_path / "folder", **options)
+    assert not (tmp_path / "folder").exists()
