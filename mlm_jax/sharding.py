@@ -7,7 +7,7 @@ is an error.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,8 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
     Their type says so (`reduced`), and a gradient's type then that it is a partial sum (`unreduced`): partial sums of all
     the uses of a parameter, and of all micro-batches, are added where they arise, and between the devices only once.
     """
-    ways = jax.sharding.get_abstract_mesh().shape
+    mesh = jax.sharding.get_abstract_mesh()
+    ways, on_tpu = mesh.shape, mesh.abstract_device is not None and "TPU" in mesh.abstract_device.device_kind
     resharded = [axis for axis in axes if ways[axis] == 1 or axis not in ROWS]
 
     def whole(leaf: jax.Array) -> jax.Array:
@@ -112,9 +113,29 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
         # A reshard would do, but its transpose is on a TPU an all-reduce of which each device keeps its part. This one's is
         # a reduce-scatter; only the parts then travel between slices, if there are any.
         after = jax.P(*(axes_of(part, without=axes) for part in parts), reduced=before.reduced | moved)
-        return jax.shard_map(collect, in_specs=before, out_specs=after)(leaf)
+        collected = jax.shard_map(collect, in_specs=before, out_specs=after)
+        return _summed_first(collected, before, after)(leaf) if on_tpu and "fsdp" not in moved else collected(leaf)
 
     return jax.tree.map(whole, params)
+
+
+def _summed_first(collected: Callable[[jax.Array], jax.Array], before: jax.P, after: jax.P) -> Any:
+    """The same gathering, whose gradient is summed whole and only then divided.
+
+    XLA:TPU scatters along one dimension of a slice's torus; over more it sums and cuts anyway. Left to itself it then lays
+    the gradient out for the cut, which for a head dimension of 64 wastes half of every vector in the product before it.
+    """
+
+    @jax.custom_vjp
+    def whole(leaf: jax.Array) -> jax.Array:
+        return collected(leaf)
+
+    def backward(_: None, grad: jax.Array) -> tuple[jax.Array]:
+        total = jax.reshard(grad, jax.P(*after.partitions, unreduced=before.reduced))
+        return (jax.reshard(jax.lax.optimization_barrier(total), jax.P(*before.partitions, unreduced=before.reduced)),)
+
+    whole.defvjp(lambda leaf: (collected(leaf), None), backward)
+    return whole
 
 
 def divide(params: Any) -> Any:

@@ -45,6 +45,20 @@ class Compute:
         return cls(jnp.dtype(dtype), scan, cfg.remat, cfg.attention, platform)
 
     @property
+    def compiler_options(self) -> dict[str, Any] | None:
+        """XLA's, for the train step: on a TPU, that gradients are summed between chips while earlier layers' are computed.
+
+        Sums are merged up to 4 MB, a layer's worth: one sum of all gradients could begin only after the last of them.
+        """
+        if self.platform != "tpu":
+            return None
+        return {
+            "xla_enable_async_all_reduce": True,
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+            "xla_jf_crs_combiner_threshold_in_bytes": 4_000_000,
+        }
+
+    @property
     def dropout_impl(self) -> str | None:
         """The random-bit generator of dropout: the hardware's where there is one, else threefry."""
         return None if self.platform == "cpu" else "rbg"
@@ -175,7 +189,7 @@ class Encoder(nnx.Module):
         )
 
         def apply(index: int, hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> jax.Array:
-            block, layer_key = gather(layer[0], ("fsdp",)), layer[1]
+            block, layer_key = gather(gather(layer[0], REPLICAS), ("fsdp",)), layer[1]
             sight = sees_window if cfg.is_local(index) else sees_all
             return block(hidden_BLD, sight, layer_key, normed=index == 0 and not cfg.first_norm)
 
@@ -184,8 +198,8 @@ class Encoder(nnx.Module):
         return self.final_norm(hidden_BLD) if cfg.pre_norm else hidden_BLD
 
 
-def ready(params: Any, dtype: jnp.dtype) -> Any:
-    """Parameters as the model computes with them: in the compute dtype, the norms in float32, and whole on every device.
+def ready(params: Any, dtype: jnp.dtype, *, layers: bool = False) -> Any:
+    """Parameters as the model computes with them: in the compute dtype, the norms in float32, and collected.
 
     Done once a step, outside all loops; and once more, for nothing, by a loss that is given them.
     """
@@ -193,13 +207,18 @@ def ready(params: Any, dtype: jnp.dtype) -> Any:
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(dtype)
 
-    return collect(jax.tree_util.tree_map_with_path(cast, params))
+    return collect(jax.tree_util.tree_map_with_path(cast, params), layers=layers)
 
 
-def collect(params: Any) -> Any:
-    """Parameters whole on every device. Only the layers stay divided over `fsdp`: each is gathered where it is used."""
+def collect(params: Any, *, layers: bool) -> Any:
+    """Parameters whole on every device, but for the layers, each of which is gathered where it is used.
+
+    With `layers` they are gathered here too, once for all their uses, and stay divided over `fsdp` alone.
+    """
 
     def whole(path: Any, leaf: jax.Array) -> jax.Array:
-        return gather(leaf, REPLICAS if "layers" in jax.tree_util.keystr(path) else ROWS)
+        if "layers" not in jax.tree_util.keystr(path):
+            return gather(leaf, ROWS)
+        return gather(leaf, REPLICAS) if layers else leaf
 
     return jax.tree_util.tree_map_with_path(whole, params)

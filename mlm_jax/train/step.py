@@ -40,7 +40,9 @@ def make_train_step(
     """
     uses_dropout = cfg.model.dropout > 0 or cfg.model.attention_dropout > 0
 
-    @functools.partial(jax.jit, donate_argnames=("state",))
+    compute = objective.compute
+
+    @functools.partial(jax.jit, donate_argnames=("state",), compiler_options=compute.compiler_options)
     def train_step(state: TrainState, batch: Batch, vocab: VocabTables) -> tuple[TrainState, StepMetrics]:
         mask_key = jax.random.key(cfg.seed)
         batch = batch | {"places": _places(batch["tokens"])}
@@ -53,7 +55,8 @@ def make_train_step(
             batch,
             dropout_key,
             stage.accumulation,
-            objective.compute.dtype,
+            compute.dtype,
+            layers_at_once=stage.accumulation > 1 or compute.scan_layers,
         )
         loss = total_loss(sums)
         with jax.named_scope("optimizer"):
@@ -88,12 +91,15 @@ def accumulate_gradients(
     dropout_key: jax.Array | None,
     count: int,
     dtype: jnp.dtype,
+    *,
+    layers_at_once: bool = True,
 ) -> tuple[Any, LossSums]:
     """The gradient of the global batch's loss, in `count` micro-batches, and the batch's sums.
 
     Parameters are cast to `dtype` and gathered once. Each device adds up its own share of the gradient, over all micro-
     batches in float32, and only then is it reduced, onto the devices that hold the parameter: scattered where ZeRO has
-    divided it.
+    divided it. Without `layers_at_once` each layer is gathered where it is used, and its gradient reduced where it arises,
+    beside the backward pass of the layers before it.
 
     Each loss term is divided by its weight over the whole batch, so the result does not depend on `count`. The weights are
     needed before the first backward pass; as they do not depend on the parameters, the compiler reduces that first pass to
@@ -101,11 +107,12 @@ def accumulate_gradients(
     """
 
     stored = params
-    params = ready(stored, dtype)
+    params = ready(stored, dtype, layers=layers_at_once)
 
     def reduced(grads: Any) -> Any:
         """The transpose of what `collect` has done to the parameters; its forward pass is never computed."""
-        _, transpose = jax.vjp(collect, jax.tree.map(lambda param, grad: param.astype(grad.dtype), stored, grads))
+        again = functools.partial(collect, layers=layers_at_once)
+        _, transpose = jax.vjp(again, jax.tree.map(lambda param, grad: param.astype(grad.dtype), stored, grads))
         return jax.tree.map(lambda grad, param: grad.astype(param.dtype), *transpose(grads), stored)
 
     def scaled(params: Any, micro: Batch, key: jax.Array | None, weights: dict[str, jax.Array]) -> Any:
