@@ -35,7 +35,6 @@ def run() -> None:
         # Several devices on one CPU are for trials. Each holds threads of XLA's pool while it waits in collectives, and in
         # a pool of the default size all of them can be waiting. XLA reads its size from here.
         os.environ.setdefault("NPROC", str(4 * int(devices)))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = _interrupt_again
     sys.exit(main())
 

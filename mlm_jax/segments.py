@@ -5,12 +5,14 @@ are int32 [B, L], of NumPy on the host and of JAX on the device; 0 is padding. T
 stretch of text: no word, span or position reaches beyond it.
 """
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import jax
 import numpy as np
 
-Ids = TypeVar("Ids", jax.Array, np.ndarray)
+if TYPE_CHECKING:  # the processes that tokenise do without it
+    import jax
+
+Ids = TypeVar("Ids", "jax.Array", np.ndarray)
 
 PART = 1 << 16  # added once for each part before a token's own
 

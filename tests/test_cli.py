@@ -363,6 +363,7 @@ def test_a_workdir_that_cannot_be_made(place, train, tmp_path, capsys):
 def test_an_interrupt_that_a_callback_swallowed_is_repeated(monkeypatch):
     """As JAX's callback of the garbage collector does: an exception there goes to sys.unraisablehook and no further."""
     monkeypatch.setattr(sys, "unraisablehook", cli._interrupt_again)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     pending = [None]
 
     def interrupted(*_):
@@ -377,6 +378,7 @@ def test_an_interrupt_that_a_callback_swallowed_is_repeated(monkeypatch):
         assert not pending
     finally:
         gc.callbacks.remove(interrupted)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_two_runs_do_not_share_a_workdir(workdir, train, capsys):

@@ -59,6 +59,7 @@ def one_device():
         yield
 
 
+@pytest.mark.slow
 def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys):
     more = ("--blimp", str(folder / "pairs.jsonl"), "--json")
     names = ("mlm", "diverges", "hybrid")

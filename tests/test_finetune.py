@@ -237,6 +237,7 @@ def test_patience_ends_a_run_and_the_best_checkpoint_is_kept(folder, tmp_path):
     assert len(evaluations(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_several_seeds_have_a_mean_and_a_deviation(folder, tmp_path, capsys):
     given = arguments(folder, "finetune_sst2", "tsv", "stages[0].steps=2", "evaluation.every=0")
     assert main(["finetune", *given, "--workdir", str(tmp_path), "--seeds", "2", "--json"]) == 0

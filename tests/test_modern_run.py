@@ -11,6 +11,8 @@ from test_cli import TEXT, WORDS, last_json, metrics
 from mlm_jax.cli import main
 from mlm_jax.inference import open_run
 
+pytestmark = pytest.mark.slow
+
 RECIPE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "modern_mini.py"
 FIELDS = (
     *("model.embed_dim=32", "model.mlp_dim=48", "model.vocab_size=512", "model.max_positions=96", "model.local_window=4"),
