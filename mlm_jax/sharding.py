@@ -90,8 +90,7 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
     Their type says so (`reduced`), and a gradient's type then that it is a partial sum (`unreduced`): partial sums of all
     the uses of a parameter, and of all micro-batches, are added where they arise, and between the devices only once.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    ways, on_tpu = mesh.shape, mesh.abstract_device is not None and "TPU" in mesh.abstract_device.device_kind
+    ways = jax.sharding.get_abstract_mesh().shape
     resharded = [axis for axis in axes if ways[axis] == 1 or axis not in ROWS]
 
     def whole(leaf: jax.Array) -> jax.Array:
@@ -114,9 +113,14 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
         # a reduce-scatter; only the parts then travel between slices, if there are any.
         after = jax.P(*(axes_of(part, without=axes) for part in parts), reduced=before.reduced | moved)
         collected = jax.shard_map(collect, in_specs=before, out_specs=after)
-        return _summed_first(collected, before, after)(leaf) if on_tpu and "fsdp" not in moved else collected(leaf)
+        return _summed_first(collected, before, after)(leaf) if _on_tpu() and "fsdp" not in moved else collected(leaf)
 
     return jax.tree.map(whole, params)
+
+
+def _on_tpu() -> bool:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and "TPU" in device.device_kind
 
 
 def _summed_first(collected: Callable[[jax.Array], jax.Array], before: jax.P, after: jax.P) -> Any:
@@ -141,20 +145,26 @@ def _summed_first(collected: Callable[[jax.Array], jax.Array], before: jax.P, af
 def divide(params: Any) -> Any:
     """Parameters divided over `data` as well: each by the first of its dimensions that can be, its last one at last.
 
-    The last dimension is the one that a device stores in vectors of a fixed size. What no dimension divides stays whole.
+    The last dimension is the one that a device stores in vectors of a fixed size. What no dimension divides stays whole. A
+    stack is not divided by its layers, as each layer is taken out of it on every device.
     """
     ways = jax.sharding.get_abstract_mesh().shape
 
-    def part(leaf: jax.Array) -> jax.Array:
+    def part(path: Any, leaf: jax.Array) -> jax.Array:
         parts = list(jax.typeof(leaf).sharding.spec.partitions)
-        for index, size in enumerate(leaf.shape):
+        for index in range(int(is_stacked(path)), leaf.ndim):
             axes = (*axes_of(parts[index]), "data")
-            if size % math.prod(ways[axis] for axis in axes) == 0:
+            if leaf.shape[index] % math.prod(ways[axis] for axis in axes) == 0:
                 parts[index] = axes
                 break
         return jax.reshard(leaf, jax.P(*parts))
 
-    return jax.tree.map(part, params)
+    return jax.tree_util.tree_map_with_path(part, params)
+
+
+def is_stacked(path: Any) -> bool:
+    """Whether a parameter holds one tensor for each layer along its first axis."""
+    return "layers" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def axes_of(part: Any, without: Sequence[str] = ()) -> tuple[str, ...]:

@@ -83,7 +83,9 @@ def gradient(name: str, mesh_name: str, accumulation: int):
         def loss(params, micro, key):
             return objective.loss(params, micro, Keys(jax.random.key(0), key, 7), vocab)
 
-        return accumulate_gradients(loss, params, batch, None, accumulation, np.dtype(np.float32))
+        return accumulate_gradients(
+            loss, params, batch, None, accumulation, np.dtype(np.float32), layers_at_once=accumulation > 1
+        )
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(objective.init, jax.random.key(0))

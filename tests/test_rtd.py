@@ -87,7 +87,9 @@ def gradient(sharing: str, mesh_name: str = "1", accumulation: int = 1):
         def loss(params, micro, key):
             return built.loss(params, micro, Keys(KEY, key), vocab)
 
-        return accumulate_gradients(loss, params, batch, None, accumulation, built.compute.dtype)
+        return accumulate_gradients(
+            loss, params, batch, None, accumulation, built.compute.dtype, layers_at_once=accumulation > 1
+        )
 
     with jax.set_mesh(mesh):
         return jax.device_get(grad(parameters_on(mesh, sharing), on_devices(make_rows(), mesh), tables_on(mesh)))

@@ -80,11 +80,17 @@ def test_a_model_and_a_batch_that_the_mesh_cannot_divide_are_refused():
 
 
 def test_zero_divides_the_first_dimension_that_it_can_and_gathering_undoes_it():
-    """Also on top of fsdp; and what no dimension divides stays whole on every device."""
+    """Also on top of fsdp; what no dimension divides stays whole on every device, and a stack is not divided by layers."""
     mesh = make_mesh(ShardingConfig(data=4, fsdp=2))
     arrays = {"a": np.arange(96.0).reshape(3, 8, 4), "b": np.arange(6.0), "c": np.arange(16.0).reshape(2, 8)}
-    specs = {"a": jax.P(None, "fsdp", None), "b": jax.P(None), "c": jax.P(None, None)}
-    expected = {"a": jax.P(None, ("fsdp", "data"), None), "b": jax.P(None), "c": jax.P(None, "data")}
+    arrays["layers"] = np.arange(32.0).reshape(4, 8)
+    specs = {"a": jax.P(None, "fsdp", None), "b": jax.P(None), "c": jax.P(None, None), "layers": jax.P(None, None)}
+    expected = {
+        "a": jax.P(None, ("fsdp", "data"), None),
+        "b": jax.P(None),
+        "c": jax.P(None, "data"),
+        "layers": jax.P(None, "data"),
+    }
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(array, specs[name]) for name, array in arrays.items()}
         divided = jax.jit(divide)(placed)

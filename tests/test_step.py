@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from tiny_step import (
     tables_on,
 )
 
+from mlm_jax import sharding
 from mlm_jax.model.heads import gather_positions
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import mask_batch
@@ -151,7 +153,7 @@ def test_interval_shapes_are_those_of_the_rows(one):
 
 
 @functools.cache
-def gradient(mesh_name: str, accumulation: int):
+def gradient(mesh_name: str, accumulation: int, layers_at_once: bool, as_on_tpu: bool):
     """The compiled (params, batch, vocab) -> gradient and sums."""
     mesh, built = mesh_of(mesh_name), objective()
 
@@ -161,18 +163,28 @@ def gradient(mesh_name: str, accumulation: int):
             return built.loss(params, micro, Keys(jax.random.key(0), key), vocab)
 
         stored = divide(params) if MESHES[mesh_name].zero else params
-        return accumulate_gradients(loss, stored, batch, None, accumulation, jnp.float32)
+        return accumulate_gradients(loss, stored, batch, None, accumulation, jnp.float32, layers_at_once=layers_at_once)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), mock.patch.object(sharding, "_on_tpu", return_value=as_on_tpu):
         arguments = parameters_on(mesh), on_devices(make_rows(), mesh), tables_on(mesh)
         return grad.lower(*arguments).compile(QUICK)
 
 
-def gradient_of(rows: dict[str, np.ndarray], mesh_name: str = "1", accumulation: int = 1):
-    """On the host: the gradient and the sums of a batch."""
+def gradient_of(
+    rows: dict[str, np.ndarray],
+    mesh_name: str = "1",
+    accumulation: int = 1,
+    *,
+    layers_at_once: bool | None = None,
+    as_on_tpu: bool = False,
+):
+    """On the host: the gradient and the sums of a batch; unless it is said, as the step of unrolled layers gathers them."""
     mesh = mesh_of(mesh_name)
+    at_once = accumulation > 1 if layers_at_once is None else layers_at_once
     with jax.set_mesh(mesh):
-        found = gradient(mesh_name, accumulation)(parameters_on(mesh), on_devices(rows, mesh), tables_on(mesh))
+        found = gradient(mesh_name, accumulation, at_once, as_on_tpu)(
+            parameters_on(mesh), on_devices(rows, mesh), tables_on(mesh)
+        )
         return jax.device_get(found)
 
 
@@ -181,8 +193,23 @@ def gradient_of(rows: dict[str, np.ndarray], mesh_name: str = "1", accumulation:
     [("1", 2), ("1", 4), *((name, 1) for name in MESHES if name != "1"), ("zero", 2), ("2x2x2", 4), ("all", 4)],
 )
 def test_a_batch_has_one_gradient_on_any_mesh_and_accumulation(mesh_name, accumulation):
-    expected, expected_sums = gradient_of(make_rows())
     found, sums = gradient_of(make_rows(), mesh_name, accumulation)
+    assert_gradient_of_one_device(found, sums)
+
+
+@pytest.mark.parametrize("mesh_name", ["zero", "2x2x2", "all"])
+def test_it_is_the_same_where_all_layers_are_gathered_at_once(mesh_name):
+    """As a scan over layers needs them."""
+    assert_gradient_of_one_device(*gradient_of(make_rows(), mesh_name, layers_at_once=True))
+
+
+@pytest.mark.parametrize("mesh_name", ["zero", "sliced zero", "all"])
+def test_it_is_the_same_where_gradients_are_summed_before_they_are_divided(mesh_name):
+    assert_gradient_of_one_device(*gradient_of(make_rows(), mesh_name, as_on_tpu=True))
+
+
+def assert_gradient_of_one_device(found, sums):
+    expected, expected_sums = gradient_of(make_rows())
     assert sums.losses["mlm"].weight == expected_sums.losses["mlm"].weight > 50
     np.testing.assert_allclose(sums.losses["mlm"].sum, expected_sums.losses["mlm"].sum, rtol=1e-6)
     for (path, grad), other in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):

@@ -22,7 +22,7 @@ from mlm_jax.model.layers import (
 )
 from mlm_jax.model.stack import run_layers
 from mlm_jax.segments import attended
-from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather
+from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather, is_stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ def collect(params: Any, *, layers: bool) -> Any:
     """
 
     def whole(path: Any, leaf: jax.Array) -> jax.Array:
-        if "layers" not in jax.tree_util.keystr(path):
+        if not is_stacked(path):
             return gather(leaf, ROWS)
         return gather(leaf, REPLICAS) if layers else leaf
 

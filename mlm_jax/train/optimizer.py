@@ -12,8 +12,7 @@ import optax
 
 from mlm_jax.config import Config, OptimizerConfig
 from mlm_jax.errors import UserError
-
-STACKED = "layers"  # the subtree whose leaves hold one tensor per layer along their first axis
+from mlm_jax.sharding import is_stacked
 
 
 class Curve(NamedTuple):
@@ -248,11 +247,11 @@ def scale_by_depth(decay: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         named = jax.tree_util.tree_leaves_with_path(updates)
-        layers = {leaf.shape[0] for path, leaf in named if STACKED in _names(path)}
+        layers = {leaf.shape[0] for path, leaf in named if is_stacked(path)}
         count = max(layers, default=0)
 
         def scale(path: Any, update: jax.Array) -> jax.Array:
-            if STACKED in _names(path):
+            if is_stacked(path):
                 powers = decay ** jnp.arange(len(update), 0, -1, dtype=update.dtype)
                 return update * powers.reshape(-1, *(1,) * (update.ndim - 1))
             before_layers = "encoder" in _names(path) and "final_norm" not in _names(path)
@@ -291,4 +290,4 @@ def scale_by_layer_trust_ratio() -> optax.GradientTransformation:
 
 def _axes_of_tensor(path: Any, array: jax.Array) -> tuple[int, ...]:
     """The axes of one tensor in a parameter, which may be a stack of layers'."""
-    return tuple(range(int(STACKED in _names(path)), array.ndim))
+    return tuple(range(int(is_stacked(path)), array.ndim))

@@ -39,7 +39,6 @@ def make_train_step(
         sources: of a mixture, the example ids, from … up to, of each source; its share of the tokens is measured.
     """
     uses_dropout = cfg.model.dropout > 0 or cfg.model.attention_dropout > 0
-
     compute = objective.compute
 
     @functools.partial(jax.jit, donate_argnames=("state",), compiler_options=compute.compiler_options)
@@ -92,7 +91,7 @@ def accumulate_gradients(
     count: int,
     dtype: jnp.dtype,
     *,
-    layers_at_once: bool = True,
+    layers_at_once: bool,
 ) -> tuple[Any, LossSums]:
     """The gradient of the global batch's loss, in `count` micro-batches, and the batch's sums.
 
