@@ -19,7 +19,7 @@ from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Objective, Trainable, make_objective, make_task
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.sharding import make_mesh
-from mlm_jax.train.checkpoint import load_params
+from mlm_jax.train.checkpoint import load_params, saved_step
 from mlm_jax.workdir import Workdir
 
 
@@ -54,6 +54,16 @@ def open_run(path: str | os.PathLike[str]) -> Iterator[TrainedRun]:
         stage = cfg.stage_of(step)
         objective = make_objective(cfg, objective.compute, stage, mask_id=tokenizer.mask_id)
         yield TrainedRun(workdir, cfg.at_stage(stage), tokenizer, objective, params, step)
+
+
+def trained_config(workdir: Workdir) -> Config:
+    """A run's config with the model as its saved parameters were trained: positions are rotated as in their stage.
+
+    Raises:
+        UserError: nothing was saved yet.
+    """
+    cfg = workdir.read_config()
+    return cfg.at_stage(cfg.stage_of(saved_step(workdir))) if any(stage.rope_base for stage in cfg.stages) else cfg
 
 
 def read_params(workdir: Workdir, objective: Trainable) -> tuple[Any, int]:

@@ -330,6 +330,10 @@ def test_runs_that_do_not_fit_a_verb(folder, tuned, tmp_path, capsys):
         (["finetune", "--config", sst2, "--workdir", str(tmp_path)], "needs --init"),
         (["finetune", "--config", smoke, "--init", run, "--workdir", str(tmp_path)], "which pre-trains: mlm-jax train"),
         (["train", "--config", sst2, "--workdir", str(tmp_path)], "which fine-tunes: mlm-jax finetune"),
+        (
+            ["train", "--config", smoke, "--workdir", str(tmp_path / "next"), f"--config.init_from={tuned}"],
+            "is fine-tuned for classification: begin with a pre-trained run",
+        ),
         (["predict", "--workdir", run, "--input", f"{folder}/dev.tsv"], "not fine-tuned: see mlm-jax finetune"),
         (["fill-mask", "--workdir", str(tuned), "a [MASK]"], "predicts no tokens: see mlm-jax predict"),
         (["finetune", *arguments(folder), "--workdir", str(tmp_path), "--seeds", "0"], "--seeds=0 must be positive"),

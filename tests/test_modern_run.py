@@ -9,7 +9,11 @@ import pytest
 from test_cli import TEXT, WORDS, last_json, metrics
 
 from mlm_jax.cli import main
-from mlm_jax.inference import open_run
+from mlm_jax.config import load_config
+from mlm_jax.finetune.embed import Embedder
+from mlm_jax.finetune.prepare import prepare
+from mlm_jax.inference import open_run, trained_config
+from mlm_jax.workdir import Workdir
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +49,14 @@ def test_a_run_is_measured_as_it_was_trained_in_its_last_stage(workdir, capsys):
     assert last_json(capsys)["loss"] == pytest.approx(logged[-1]["loss"], rel=1e-5)
     with open_run(workdir) as run:
         assert (run.step, run.cfg.model.rope_base, run.objective.cfg.model.rope_base) == (12, 2.0, 2.0)
+
+
+def test_what_follows_a_run_rotates_positions_as_its_last_stage_did(workdir, tmp_path):
+    assert trained_config(Workdir(workdir)).model.rope_base == Embedder(workdir).cfg.model.rope_base == 2.0
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"a river {i}\t{i % 2}\n" for i in range(60)))
+    fields = (f"task.train={tmp_path}/train.tsv", "task.dev=", f"init_from={workdir}", "stages[0].seq_len=32")
+    prepared = prepare(load_config(str(RECIPE.parent / "finetune_sst2.py"), fields, for_task=True))
+    assert prepared.cfg.model.rope_base == 2.0
 
 
 def test_a_checkpoint_is_of_its_own_stage(workdir, tmp_path, capsys):

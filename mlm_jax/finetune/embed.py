@@ -17,7 +17,7 @@ from mlm_jax.finetune.classification import Text, Texts
 from mlm_jax.finetune.prepare import make_kind, read_examples
 from mlm_jax.finetune.records import read_records, text_field
 from mlm_jax.finetune.table import PADDING, bucket_lengths, in_order
-from mlm_jax.inference import read_encoder
+from mlm_jax.inference import read_encoder, trained_config
 from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.task_heads import mean_of_tokens
 from mlm_jax.objectives.network import Network
@@ -46,7 +46,7 @@ class Embedder:
         if pooling not in POOLINGS:
             raise UserError(f"--pooling={pooling} is none of {', '.join(POOLINGS)}")
         folder = Workdir(workdir)
-        self.cfg = folder.read_config()
+        self.cfg = trained_config(folder)
         limit = self.cfg.model.max_positions
         if not 8 <= (max_length or 8) <= limit or batch_size < 1:
             raise UserError(

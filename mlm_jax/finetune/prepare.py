@@ -14,6 +14,7 @@ from mlm_jax.finetune.contract import Kind
 from mlm_jax.finetune.question_answering import Questions
 from mlm_jax.finetune.table import Table
 from mlm_jax.finetune.tagging import Tagging
+from mlm_jax.inference import trained_config
 from mlm_jax.workdir import Workdir
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _adopt(cfg: Config) -> tuple[Config, Tokenizer]:
             "tokenizer also where --random-init draws the parameters"
         )
     source = Workdir(cfg.init_from)
-    theirs = source.read_config()
+    theirs = trained_config(source)
     tokenizer = source.read_tokenizer()
     if tokenizer.vocab_size > theirs.model.vocab_size:
         raise UserError(

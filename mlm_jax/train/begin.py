@@ -6,7 +6,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from mlm_jax.config import Config, ModelConfig
+from mlm_jax.config import TASKS, Config, ModelConfig
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.objectives import Trainable, make_objective
@@ -31,6 +31,8 @@ def begin(state: TrainState, objective: Trainable, tokenizer: Tokenizer) -> Trai
         return state
     source = Workdir(cfg.init_from)
     theirs = source.read_config()
+    if theirs.objective in TASKS:
+        raise UserError(f"init_from={cfg.init_from} is fine-tuned for {theirs.objective}: begin with a pre-trained run")
     _check_models(cfg, theirs)
     drawn = jax.eval_shape(make_objective(theirs, objective.compute).init, jax.random.key(0))
     if jax.tree.map(lambda leaf: leaf.shape, drawn) != jax.tree.map(lambda leaf: leaf.shape, state.params):

@@ -117,9 +117,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[Any, Any, str]:
-        """The parts of a checkpoint, of which this process reads what its devices hold, and the digests kept with them;
-        else None and the reason.
-        """
+        """A checkpoint's parts, of which this process reads what its devices hold, and its digests; else the reason."""
         # No barriers within: where one process finds damage, the others would wait in them for it.
         alone, index = ocp.Context(), ocp.multihost.process_index()
         alone.multiprocessing.primary_host = index
@@ -189,6 +187,29 @@ def _all_processes(holds: bool) -> bool:
     return bool(process_allgather(np.asarray(holds)).all())
 
 
+@contextlib.contextmanager
+def _chosen(workdir: Workdir) -> Iterator[tuple[Any, Any]]:
+    """The checkpointer of a run, and its checkpoint of the highest score, else the newest."""
+    if not workdir.checkpoints.exists():
+        raise UserError(f"{workdir.path} has no checkpoint yet; train first")
+    with ocp.training.Checkpointer(epath.Path(workdir.checkpoints).resolve()) as checkpointer:
+        found = list(checkpointer.checkpoints)
+        if not found:
+            raise UserError(f"{workdir.path} has no checkpoint yet; train first")
+        scored = [checkpoint for checkpoint in found if checkpoint.metrics]
+        yield checkpointer, (scored or found)[-1]  # each scored one was the best when it was saved
+
+
+def saved_step(workdir: Workdir) -> int:
+    """The step of the parameters that `load_params` gives.
+
+    Raises:
+        UserError: the run has not saved anything yet.
+    """
+    with _chosen(workdir) as (_, chosen):
+        return int(chosen.step)
+
+
 def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[Any, int]:
     """The parameters of the checkpoint of the highest score, else of the newest, or their moving average, and its step.
 
@@ -196,14 +217,7 @@ def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[A
         UserError: the run has not saved anything yet.
         MachineError: the checkpoint cannot be read.
     """
-    if not workdir.checkpoints.exists():
-        raise UserError(f"{workdir.path} has no checkpoint yet; train first")
-    with ocp.training.Checkpointer(epath.Path(workdir.checkpoints).resolve()) as checkpointer:
-        latest = checkpointer.latest
-        if latest is None:
-            raise UserError(f"{workdir.path} has no checkpoint yet; train first")
-        scored = [checkpoint for checkpoint in checkpointer.checkpoints if checkpoint.metrics]
-        chosen = scored[-1] if scored else latest  # each scored one was the best when it was saved
+    with _chosen(workdir) as (checkpointer, chosen):
         part = "ema" if ema else "params"
         try:
             with _dropping_abandoned_reads():
