@@ -15,5 +15,6 @@ export JAX_PLATFORMS=${JAX_PLATFORMS-cpu}
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m mypy
 .venv/bin/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
-# A module's tests stay in one process, because they share what they compile.
-"$VENV_PYTHON" -m pytest -n auto --dist loadfile "$@"
+# A module's tests stay in one process, because they share what they compile. The order is that of their names: by number of
+# tests, as is the default, the longest module of all, which has one test, would come last and alone.
+"$VENV_PYTHON" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
