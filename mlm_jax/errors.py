@@ -16,6 +16,11 @@ class MachineError(RuntimeError):
     """A fault outside the user's request (disk, checkpoint, device); the command line exits with status 1."""
 
 
+def install(extra: str) -> str:
+    """How to install an extra, for a message: the package is installed from its own folder."""
+    return f"pip install '.[{extra}]' in the folder of mlm-jax"
+
+
 def tell(error: BaseException) -> int | None:
     """Tells an error that is the user's or the machine's in one message and returns the status; None for any other."""
     if isinstance(error, UserError):

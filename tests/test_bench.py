@@ -168,7 +168,7 @@ def test_what_the_peers_are_not_is_not_compared_with_them(change) -> None:
 
 def test_a_missing_peer_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"needs torch.*pip install mlm-jax\[peers\]"):
+    with pytest.raises(UserError, match=r"needs torch.*pip install '.\[peers\]'"):
         run_bench(TINY, peer="hf")
 
 

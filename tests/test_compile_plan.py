@@ -207,7 +207,7 @@ def test_a_mistake_ends_with_status_2_and_one_message(capsys, arguments, message
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_its_compiler_a_tpu_topology_names_the_extra(capsys):
     assert cli.main(["compile", "--config", "configs/smoke.py", "--topology", "v5e:2x2"]) == 2
-    assert "pip install 'mlm-jax[tpu-compile]'" in capsys.readouterr().err
+    assert "pip install '.[tpu-compile]'" in capsys.readouterr().err
 
 
 def result(**changes):

@@ -6,8 +6,8 @@ What needs torch is imported where it is used, so that this file is collected wi
 import pytest
 
 pytestmark = pytest.mark.peer
-pytest.importorskip("torch", reason="needs the extra: pip install 'mlm-jax[peers]'")
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'mlm-jax[peers]'")
+pytest.importorskip("torch", reason="needs the extra peers")
+transformers = pytest.importorskip("transformers", reason="needs the extra peers")
 
 import interop_parity as parity  # noqa: E402
 import numpy as np  # noqa: E402

@@ -446,12 +446,12 @@ def test_a_public_tfds_dataset_is_found_by_its_name_without_tensorflow():
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the extra is installed")
 def test_hf_without_its_package_names_the_extra():
-    with pytest.raises(UserError, match=r"pip install 'mlm-jax\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[hf\]'"):
         open_source("hf:some/dataset#train")
 
 
 def test_hf_streams_a_dataset(folder):
-    pytest.importorskip("datasets", reason="needs the extra: pip install 'mlm-jax[hf]'")
+    pytest.importorskip("datasets", reason="needs the extra hf")
     (folder / "train.jsonl").write_bytes(_jsonl({"text": "one"}, {"text": None}, {"text": "two"}))
     assert _documents(f"hf:{folder}#train") == ["one", "two"]
     with pytest.raises(UserError, match="test"):

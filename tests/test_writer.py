@@ -162,7 +162,7 @@ def test_without_wandb_its_extra_is_named_and_nothing_is_taken_back(tmp_path, mo
     before = lines(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     cfg = dataclasses.replace(CFG, train=TrainConfig(wandb_project="mine"))
-    with pytest.raises(UserError, match=r"train.wandb_project='mine' .* pip install 'mlm-jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"train.wandb_project='mine' .* pip install '.\[wandb\]'"):
         MetricWriter(tmp_path, cfg, 20, is_primary=True)
     assert lines(tmp_path) == before
 

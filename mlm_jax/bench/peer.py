@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mlm_jax.config import Config, StageConfig
-from mlm_jax.errors import UserError
+from mlm_jax.errors import UserError, install
 
 PEERS = ("hf",)
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu_erf": "gelu", "relu": "relu"}
@@ -28,7 +28,7 @@ def check_installed(peer: str) -> None:
         raise UserError(f"--peer={peer} is none of {', '.join(PEERS)}")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--peer={peer} needs {' and '.join(missing)}: pip install mlm-jax[peers]")
+        raise UserError(f"--peer={peer} needs {' and '.join(missing)}: {install('peers')}")
 
 
 class HuggingFacePeer:

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from mlm_jax.compile.chips import CHIPS, GPUS, Chip, gpu_target
-from mlm_jax.errors import UserError
+from mlm_jax.errors import UserError, install
 
 # Set before JAX is imported: no accelerator of this machine is touched and none is looked for in the network; two
 # processes may load libtpu at once; and as JAX can write what it compiles for absent devices into its compilation cache but
@@ -86,9 +86,9 @@ def open_topology(text: str, slices: int = 1) -> Topology:
     generation, shape, count = parse_topology(text, slices)
     is_gpu = generation in GPUS
     if is_gpu and not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
-        raise UserError("GPU topologies need XLA's compiler for CUDA, a plugin of jax: pip install 'mlm-jax[cuda]'")
+        raise UserError(f"GPU topologies need XLA's compiler for CUDA, a plugin of jax: {install('cuda')}")
     if not is_gpu and importlib.util.find_spec("libtpu") is None:
-        raise UserError("TPU topologies need XLA's compiler for TPUs, libtpu: pip install 'mlm-jax[tpu-compile]'")
+        raise UserError(f"TPU topologies need XLA's compiler for TPUs, libtpu: {install('tpu-compile')}")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if "TPU" in name})
     import jax
 

@@ -278,7 +278,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_nonfinite: int = 10  # consecutive skipped updates before the run stops
     max_epochs: int = 0  # the stages may pass over the training text so often, all together; 0: as often as they like
-    wandb_project: str = ""  # extra: pip install mlm-jax[wandb]
+    wandb_project: str = ""  # with the extra wandb
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from mlm_jax.data import files, pairs, text_files
-from mlm_jax.errors import MachineError, UserError
+from mlm_jax.errors import MachineError, UserError, install
 
 _TFDS_ROWS = 256  # read together
 _MIN_DOCSTRING_CHARS = 40  # a shorter docstring is a label, not prose
@@ -230,7 +230,7 @@ def _hf_records(uri: str, name: str, split: str, options: Mapping[str, str]) -> 
     try:
         from datasets import load_dataset  # an optional extra
     except ImportError:
-        raise UserError(f"{uri}: this source needs the 'hf' extra: pip install 'mlm-jax[hf]'") from None
+        raise UserError(f"{uri}: this source needs the extra 'hf': {install('hf')}") from None
     try:
         rows = load_dataset(name, options.get("config"), split=split, revision=options.get("revision"), streaming=True)
     except (FileNotFoundError, ValueError) as error:

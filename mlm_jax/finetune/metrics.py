@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlm_jax.errors import UserError
+from mlm_jax.errors import UserError, install
 
 
 def require_libraries() -> None:
@@ -23,7 +23,7 @@ def _scikit_learn() -> Any:
     try:
         import sklearn.metrics  # an optional extra
     except ImportError:
-        raise UserError("measures need scikit-learn: pip install 'mlm-jax[finetune]'") from None
+        raise UserError(f"measures need scikit-learn: {install('finetune')}") from None
     return sklearn.metrics
 
 

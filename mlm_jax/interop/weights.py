@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlm_jax.errors import UserError
+from mlm_jax.errors import UserError, install
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 # What BERT's first checkpoints call a norm's scale and bias.
@@ -63,8 +63,8 @@ class Weights:
     def _open_torch(self, file: pathlib.Path) -> None:
         if importlib.util.find_spec("torch") is None:
             raise UserError(
-                f"{file} is PyTorch's own format, which needs torch: pip install 'mlm-jax[peers]', or save the model again "
-                "as model.safetensors"
+                f"{file} is PyTorch's own format, which needs torch: {install('peers')}, or save the model again as "
+                "model.safetensors"
             )
         import torch
 

@@ -25,7 +25,7 @@ from rich.progress import Progress as Bar
 from tensorboardX.proto import event_pb2
 
 from mlm_jax.config import Config, to_dict
-from mlm_jax.errors import MachineError, UserError
+from mlm_jax.errors import MachineError, UserError, install
 from mlm_jax.workdir import write_atomically
 
 _SHOWN_SOURCES = 8  # of a mixture, on a line of the log; metrics.jsonl has the shares of any number
@@ -209,7 +209,7 @@ class _WandB:
         except ImportError as error:
             raise UserError(
                 f"train.wandb_project={cfg.train.wandb_project!r} needs the package wandb: "
-                "pip install 'mlm-jax[wandb]', or set train.wandb_project=''"
+                f"{install('wandb')}, or set train.wandb_project=''"
             ) from error
         id_file = workdir / "wandb_id.txt"
         if not start_step or not id_file.is_file():

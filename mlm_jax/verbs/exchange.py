@@ -1,0 +1,51 @@
+"""import and export."""
+
+import argparse
+import sys
+
+from mlm_jax.verbs.options import Result, Verbs, workdir_option
+
+
+def _declare_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", required=True, dest="source", metavar="FOLDER", help="of Hugging Face's format")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("--generator", metavar="FOLDER", help="for a detector of replaced tokens: its generator's folder")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="draw what is not there: the head of a bare encoder, the generator of a detector",
+    )
+
+
+def _import(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.interop.load import import_folder
+
+    result = import_folder(options.source, options.workdir, generator=options.generator, fresh=options.fresh)
+    print(
+        f"{result['workdir']}: {result['model_type']}, {result['parameters']:,} parameters, objective {result['objective']}"
+    )
+    print(f"to continue its pre-training: mlm-jax train --config {result['recipe']} --workdir DIR")
+    return result
+
+
+def _declare_export(parser: argparse.ArgumentParser) -> None:
+    workdir_option(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, as `transformers` loads it")
+    parser.add_argument("--network", help="of replaced-token detection: discriminator (default) or generator")
+    parser.add_argument("--model-type", metavar="NAME", help="bert, roberta, xlm-roberta or electra; default: what fits")
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> Result:
+    from mlm_jax.interop.save import export_run
+
+    result = export_run(options.workdir, options.out, network=options.network, model_type=options.model_type)
+    print(f"{result['out']}: {result['class']}, {result['parameters']:,} parameters of step {result['step']}")
+    if result["note"]:
+        print(f"mlm-jax: {result['note']}", file=sys.stderr)
+    return result
+
+
+VERBS: Verbs = {
+    "import": ("a workdir of a Hugging Face folder", _declare_import, _import),
+    "export": ("a Hugging Face folder of a workdir", _declare_export, _export),
+}
