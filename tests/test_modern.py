@@ -505,7 +505,7 @@ def test_a_mesh_changes_no_number(sizes, scan):
                 return built.loss(params, micro, Keys(jax.random.key(0), key, jnp.int32(0)), vocab)
 
             params = divide(params) if zero else params
-            return accumulate_gradients(loss, params, batch, None, 1, jnp.dtype("float32"))[0]
+            return accumulate_gradients(loss, params, batch, None, 1, jnp.dtype("float32"), layers_at_once=scan)[0]
 
         with jax.set_mesh(mesh):
             specs = jax.tree.map(lambda leaf: leaf.sharding.spec, jax.eval_shape(built.init, jax.random.key(0)))
