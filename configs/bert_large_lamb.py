@@ -69,8 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
                     "warmup_steps": 200,
                 },
             ),
-            "compute": {"remat": "dots"},
-            "sharding": {"data": -1, "fsdp": 1},
+            "compute": {"layers": "unroll"},
+            "sharding": {"data": -1, "fsdp": 1, "zero": True},
             "train": {"log_every": 10, "checkpoint_every": 200},
             "evaluation": {"every": 200, "probes": ("the capital of france is [MASK].",)},
         }

@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -387,10 +388,20 @@ def test_bfloat16_computes_what_float32_does_and_ends_in_float32():
     ],
 )
 def test_auto_is_resolved_by_platform(platform, dtype, expected):
-    compute = Compute.resolve(ComputeConfig(), platform)
+    device = types.SimpleNamespace(platform=platform, device_kind="")
+    compute = Compute.resolve(ComputeConfig(), device)
     assert (compute.dtype, compute.scan_layers) == (jnp.dtype(expected[0]), expected[1])
-    named = Compute.resolve(ComputeConfig(dtype="float32", layers="scan"), platform)
+    named = Compute.resolve(ComputeConfig(dtype="float32", layers="scan"), device)
     assert (named.dtype, named.scan_layers) == (jnp.dtype("float32"), True)
+
+
+def test_gradients_are_summed_within_products_where_a_chip_has_room_for_both():
+    def fused(kind):
+        compute = Compute.resolve(ComputeConfig(), types.SimpleNamespace(platform="tpu", device_kind=kind))
+        return compute.compiler_options["xla_tpu_enable_async_collective_fusion_fuse_all_reduce"]
+
+    assert fused("TPU v5 lite") and fused("TPU v5") and not fused("TPU v4")
+    assert Compute.resolve(ComputeConfig()).compiler_options is None  # on this CPU
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def own_candidate(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) 
         sizes = make_mesh(cfg.sharding, devices).shape
     except UserError:
         return None
-    compute = Compute.resolve(cfg.compute, devices[0].platform)
+    compute = Compute.resolve(cfg.compute, devices[0])
     sharding = ShardingConfig(**sizes, zero=cfg.sharding.zero)
     layers = "scan" if compute.scan_layers else "unroll"
     return Candidate(sharding, cfg.stages[stage_index].accumulation, compute.remat, layers)

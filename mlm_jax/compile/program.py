@@ -73,7 +73,7 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
     check_networks(cfg, mesh)
     check_batch(stage, mesh, f"stages[{stage_index}]")
     with jax.set_mesh(mesh):
-        compute = Compute.resolve(cfg.compute, devices[0].platform)
+        compute = Compute.resolve(cfg.compute, devices[0])
         objective = make_objective(cfg, compute, stage_index)
         optimizer = make_optimizer(cfg)
         state = abstract_state(cfg, objective, optimizer)
@@ -91,7 +91,7 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
 
 def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -> tuple[int, str]:
     """The model's size, and the attention that a stage of it takes on these devices, without compiling anything."""
-    compute = Compute.resolve(cfg.compute, devices[0].platform)
+    compute = Compute.resolve(cfg.compute, devices[0])
     objective = make_objective(cfg, compute, stage_index)
     with jax.set_mesh(make_mesh(ShardingConfig(), devices[:1])):
         shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))  # no key is made: these devices cannot compute

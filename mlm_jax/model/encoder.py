@@ -34,27 +34,31 @@ class Compute:
     remat: str
     attention: str
     platform: str
+    device_kind: str = ""  # as JAX names it: TPU v4
 
     @classmethod
-    def resolve(cls, cfg: ComputeConfig, platform: str | None = None) -> "Compute":
-        platform = platform or jax.default_backend()
+    def resolve(cls, cfg: ComputeConfig, device: jax.Device | None = None) -> "Compute":
+        """For a device, which need not be here; by default one of those that are."""
+        device = device or jax.devices()[0]
+        platform = device.platform
         dtype = {"auto": "float32" if platform == "cpu" else "bfloat16"}.get(cfg.dtype, cfg.dtype)
         # Unrolled is 30% faster on a CPU; elsewhere a scan compiles in a third of the time and bounds memory. So it does on
         # a CPU that recomputes: unrolled, XLA:CPU keeps most of what rematerialisation is there to free.
         scan = platform != "cpu" or cfg.remat != "none" if cfg.layers == "auto" else cfg.layers == "scan"
-        return cls(jnp.dtype(dtype), scan, cfg.remat, cfg.attention, platform)
+        return cls(jnp.dtype(dtype), scan, cfg.remat, cfg.attention, platform, device.device_kind)
 
     @property
     def compiler_options(self) -> dict[str, Any] | None:
         """XLA's, for the train step: on a TPU, that gradients are summed between chips while earlier layers' are computed.
 
-        Sums are merged up to 4 MB, a layer's worth: one sum of all gradients could begin only after the last of them.
+        Sums are merged up to 4 MB, a layer's worth: one sum of all gradients could begin only after the last of them. To go
+        on within a product a sum needs 16 MB on the chip, which is all that TPU v4 has.
         """
         if self.platform != "tpu":
             return None
         return {
             "xla_enable_async_all_reduce": True,
-            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": self.device_kind != "TPU v4",
             "xla_jf_crs_combiner_threshold_in_bytes": 4_000_000,
         }
 
