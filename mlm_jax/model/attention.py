@@ -5,8 +5,8 @@ nothing becomes NaN. A local layer attends to a window: in blocks (`model.blocks
 """
 
 import dataclasses
-import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from mlm_jax.errors import UserError
 from mlm_jax.model import blocks
 from mlm_jax.model.layers import add_bias, bias_parameter, dense, dropout, parameter, weight_init
 from mlm_jax.model.positions import Rotation, alibi_slopes, rotate, rotation
-from mlm_jax.sharding import SHARDING
+from mlm_jax.sharding import ROWS, SHARDING
 
 logger = logging.getLogger(__name__)
 
@@ -274,11 +274,24 @@ def _xla(
 
 def _cudnn(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, sees_BLM: jax.Array) -> jax.Array:
     # The public interface takes packing as a boolean mask only; the packed form is private to jax.
-    query_BLHK, key_BMHK, value_BMHK = (x.swapaxes(1, 2) for x in (query_BHLK, key_BHMK, value_BHMK))
-    mixed_BLHK = jax.nn.dot_product_attention(
-        query_BLHK, key_BMHK, value_BMHK, mask=sees_BLM[:, None], implementation="cudnn"
-    )
-    return mixed_BLHK.swapaxes(1, 2)
+    def rows(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, sees_BLM: jax.Array) -> jax.Array:
+        query_BLHK, key_BMHK, value_BMHK = (x.swapaxes(1, 2) for x in (query_BHLK, key_BHMK, value_BHMK))
+        mixed_BLHK = jax.nn.dot_product_attention(
+            query_BLHK, key_BMHK, value_BMHK, mask=sees_BLM[:, None], implementation="cudnn"
+        )
+        return mixed_BLHK.swapaxes(1, 2)
+
+    return _by_rows_and_heads(rows, query_BHLK, key_BHMK, value_BHMK, sees_BLM)
+
+
+def _by_rows_and_heads(
+    kernel: Callable[..., jax.Array], query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, by_row: jax.Array
+) -> jax.Array:
+    """A kernel on each device's rows and heads: it is opaque to JAX, which cannot divide it. `by_row` is [B, L, …]."""
+    heads = SHARDING.heads_BHLK
+    rows = jax.P(ROWS, *[None] * (by_row.ndim - 1))
+    sharded = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return sharded(query_BHLK, key_BHMK, value_BHMK, jax.reshard(by_row, rows))
 
 
 def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, sight: Sight) -> jax.Array:
@@ -322,8 +335,4 @@ def _splash(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, s
 
         return jax.vmap(row)(query_BHLK, key_BHMK, value_BHMK, segments_BL)
 
-    heads = SHARDING.heads_BHLK
-    sharded = functools.partial(
-        jax.shard_map, in_specs=(heads, heads, heads, SHARDING.tokens_BL), out_specs=heads, check_vma=False
-    )
-    return sharded(rows)(query_BHLK, key_BHMK, value_BHMK, jax.reshard(sight.segment_ids_BL, SHARDING.tokens_BL))
+    return _by_rows_and_heads(rows, query_BHLK, key_BHMK, value_BHMK, sight.segment_ids_BL)
