@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
                 {"steps": 900_000, "seq_len": 128, "batch_size": 256},
                 {"steps": 100_000, "seq_len": 512, "batch_size": 256},
             ),
-            "compute": {"remat": "dots"},  # 16 rows of 512 exceed a chip of 16 GB otherwise
+            "compute": {"layers": "unroll"},
             "sharding": {"data": 1, "fsdp": -1},
             "train": {"log_every": 100, "checkpoint_every": 5_000},
             "evaluation": {"every": 10_000, "probes": ("the capital of france is [MASK].",)},

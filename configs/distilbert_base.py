@@ -51,6 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 0.0,  # [R]
             },
             "stages": ({"steps": 25_000, "seq_len": 512, "batch_size": 4_096, "accumulation": 4},),  # [P] rows; steps ours
+            "compute": {"layers": "unroll"},
+            "sharding": {"data": -1, "zero": True},
             "train": {"log_every": 100, "checkpoint_every": 1_000},
             "evaluation": {"every": 1_000, "probes": ("the capital of france is [MASK].",)},
         }

@@ -69,6 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 1.0,  # [O]
             },
             "stages": ({"steps": 766_000, "seq_len": 512, "batch_size": 256},),  # [C], but for the steps [P]
+            "compute": {"layers": "unroll"},
+            "sharding": {"data": -1, "zero": True},
             "train": {"log_every": 100, "checkpoint_every": 5_000},
             "evaluation": {"every": 10_000, "probes": ("the capital of france is [MASK].",)},
         }

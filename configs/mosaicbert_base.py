@@ -54,6 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 0.0,
             },
             "stages": ({"steps": 70_000, "seq_len": 128, "batch_size": 4_096, "accumulation": 4},),  # [Y]
+            "compute": {"layers": "unroll"},
+            "sharding": {"data": -1, "zero": True},
             "train": {"log_every": 100, "checkpoint_every": 3_500},
             "evaluation": {"every": 2_000, "probes": ("the capital of france is [MASK].",)},
         }

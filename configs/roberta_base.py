@@ -64,6 +64,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 0.0,  # [Y]
             },
             "stages": ({"steps": 125_000, "seq_len": 512, "batch_size": 2_048, "accumulation": 2},),  # [Y], [E]
+            "compute": {"layers": "unroll"},
+            "sharding": {"data": -1, "zero": True},
             "train": {"log_every": 100, "checkpoint_every": 1_000},
             "evaluation": {"every": 2_500, "probes": ("The capital of France is [MASK].",)},
         }
