@@ -7,7 +7,7 @@ BERT's own WordPiece: --config.tokenizer.algorithm=pretrained --config.tokenizer
 Expected: 14,196,219 parameters, of which the discriminator has 13,549,057 with the embeddings (published: 14M [R]);
 16,384 tokens a step, 16 billion in all. The published run of these values on OpenWebText has 78.9 on MNLI [R]. The
 released ELECTRA-small was trained for 4M steps with a generator as large as the model: rtd.generator_size=1.0 [R].
-Reference topology: one H200 (h200:1x1); on a V100 the published run takes four days [R].
+Reference topology: GPU h200:1x1; on a V100 the published run takes four days [R].
 
 Sources: google-research/electra: [C] configure_pretraining.py, [G] run_pretraining.py, [H] pretrain/pretrain_helpers.py,
 [A] model/modeling.py, [O] model/optimization.py, [U] util/training_utils.py, [R] README.md.

@@ -236,7 +236,8 @@ def test_the_reference_topology_is_the_docstrings_and_divides_each_micro_batch(p
     if not cfg.reference_topology:
         assert stated.startswith("one machine with")
         return
-    assert stated.startswith(f"TPU {cfg.reference_topology}")
+    kind = "GPU" if cfg.reference_topology.startswith("h200") else "TPU"
+    assert stated.startswith(f"{kind} {cfg.reference_topology}")
     _, shape, slices = parse_topology(cfg.reference_topology)
     for stage in cfg.stages:
         assert (stage.batch_size // stage.accumulation) % (math.prod(shape) * slices) == 0
