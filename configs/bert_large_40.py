@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 0.0,  # [E]
             },
             "stages": ({"steps": 23_000, "seq_len": 128, "batch_size": 4_096},),  # [E]
-            "compute": {"layers": "unroll"},
+            "compute": {"remat": "dots"},
             "sharding": {"data": 1, "fsdp": -1},
             "train": {"log_every": 100, "checkpoint_every": 1_000},
             "evaluation": {"every": 1_000, "probes": ("The capital of France is [MASK].",)},

@@ -70,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
             "stages": (
                 {"steps": 400_000, "seq_len": 512, "batch_size": 2048, "accumulation": 4},
             ),  # [C], but for the steps [P]
-            "compute": {"layers": "unroll"},
+            "compute": {"remat": "dots"},
             "sharding": {"data": 1, "fsdp": -1},
             "train": {"log_every": 100, "checkpoint_every": 5_000},
             "evaluation": {"every": 10_000, "probes": ("the capital of france is [MASK].",)},

@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 0.0,  # [R]
             },
             "stages": ({"steps": 1_500_000, "seq_len": 512, "batch_size": 8_192, "accumulation": 2},),  # [A]
-            "compute": {"layers": "unroll"},
+            "compute": {"remat": "dots"},
             "sharding": {"data": 1, "fsdp": -1},
             "train": {"log_every": 100, "checkpoint_every": 1_000},
             "evaluation": {"every": 2_500, "max_rows": 20_000},
