@@ -79,8 +79,9 @@ def joined(parts: Iterable[Documents]) -> Documents:
 
     The result does not show which part a document came from; equal documents follow each other.
     """
-    none = Documents(np.zeros((0, 2), np.uint64), *(np.zeros(0, np.int64) for _ in range(3)), np.zeros(0, np.uint16))
-    arrays = [(part.hashes, part.lengths, part.words, part.tokens) for part in (none, *parts)]
+    none, no_tokens = np.zeros(0, np.int64), np.zeros(0, np.uint16)
+    empty = Documents(np.zeros((0, 2), np.uint64), none, none, none, no_tokens)  # for a bucket that has no part
+    arrays = [(part.hashes, part.lengths, part.words, part.tokens) for part in (empty, *parts)]
     hashes, lengths, words, tokens = map(np.concatenate, zip(*arrays, strict=True))
     found = Documents(hashes, np.cumsum(lengths) - lengths, lengths, words, tokens)
     return found.take(np.lexsort((hashes[:, 1], hashes[:, 0])))
