@@ -56,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    # What Orbax logs on failure it also raises, and then it is told once, in our words.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # What Orbax and Beam log on failure they also raise, and then it is told once, in our words.
+    for repeating in ("absl", "apache_beam.runners"):
+        logging.getLogger(repeating).setLevel(logging.CRITICAL)
+    logging.getLogger("apache_beam").setLevel(logging.WARNING)
     for chatty in ("jax", "orbax", "grain", "fsspec", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:

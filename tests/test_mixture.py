@@ -250,7 +250,7 @@ def test_the_tokenizers_sample_is_balanced_by_alpha(sources: tuple[SourceConfig,
     sizes = np.array([sum(map(len, part)) for part in texts], float)
     longest = max(len(text) for part in texts for text in part)
     for alpha in (0.0, 0.3, 1.0):
-        drawn = encode.balanced_sample(opened, 6_000, 0, alpha)
+        drawn = encode.balanced([encode.sample(source, 6_000, 0) for source in opened], 6_000, alpha)
         wanted = 6_000 * sizes**alpha / (sizes**alpha).sum()
         for part, found, size in zip(wanted, drawn, sizes, strict=True):
             assert min(part, size) <= sum(map(len, found)) < part + longest

@@ -1,5 +1,6 @@
 """Every relation between a config's fields that can be wrong without looking at data or devices."""
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "diffusion.draws",
         "task.stride",
         "task.max_answer_tokens",
+        "data.filters.ngram_words",
     ),
     "at least 0": (
         "data.max_words",
@@ -69,6 +71,11 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "compute.head_chunk",
         "task.epochs",
         "task.patience",
+        "data.filters.min_words",
+        "data.filters.max_words",
+        "data.filters.min_word_length",
+        "data.filters.max_word_length",
+        "data.filters.max_symbols",
     ),
     "in [0, 1)": (
         "data.validation_fraction",
@@ -84,7 +91,19 @@ _RANGES: dict[str, tuple[str, ...]] = {
     ),
     "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate", "diffusion.min_rate", "task.dev_fraction"),
     "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers", "diffusion.scored_share", "optimizer.layer_decay"),
-    "in [0, 1]": ("masking.mask_prob", "masking.random_prob", "hybrid.causal_share"),
+    "in [0, 1]": (
+        "masking.mask_prob",
+        "masking.random_prob",
+        "hybrid.causal_share",
+        "data.filters.min_lettered_words",
+        "data.filters.min_letters",
+        "data.filters.max_digits",
+        "data.filters.max_bullet_lines",
+        "data.filters.max_ellipsis_lines",
+        "data.filters.max_repeated_lines",
+        "data.filters.min_language_probability",
+        "data.filters.near_duplicates",
+    ),
 }
 _HOLDS: dict[str, Callable[[float], bool]] = {
     "positive": lambda value: value > 0,
@@ -110,7 +129,7 @@ def check(cfg: Config) -> None:
             if section == "stages":
                 found = [(f"stages[{index}].{name}", getattr(stage, name)) for index, stage in enumerate(cfg.stages)]
             else:
-                found = [(path, getattr(getattr(cfg, section), name))]
+                found = [(path, operator.attrgetter(path)(cfg))]
             for where, value in found:
                 _require(_HOLDS[limit](value), f"{where}={value} must be {limit}")
     _require(
@@ -118,6 +137,7 @@ def check(cfg: Config) -> None:
         f"reference_topology={cfg.reference_topology!r} is not like v5e:4x4, 2x v5e:16x16 or h200:1x8",
     )
     _check_mixture(cfg)
+    _check_filters(cfg.data)
     _check_model(cfg)
     _check_training(cfg)
     _check_masking(cfg)
@@ -152,6 +172,29 @@ def _check_mixture(cfg: Config) -> None:
                 f"{where}={stage.weights} must have one weight for each of data.sources={names}",
             )
             _check_weights(where, names, stage.weights)
+
+
+def _check_filters(data: DataConfig) -> None:
+    filters, where = data.filters, "data.filters."
+    for least, most in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
+        low, high = getattr(filters, least), getattr(filters, most)
+        _require(not high or low <= high, f"{where}{least}={low} and {where}{most}={high} leave no document: exchange them")
+    _require(
+        not filters.min_language_probability or bool(filters.languages),
+        f"{where}min_language_probability={filters.min_language_probability} is of {where}languages, which names none: add "
+        "them, as in ('en',)",
+    )
+    pairs = [uri for uri in (data.source, *(source.uri for source in data.sources)) if uri.startswith("pairs:")]
+    _require(
+        not (filters.languages and pairs),
+        f"{where}languages={filters.languages} cannot be told of {', '.join(pairs)}, whose documents have two languages: "
+        "leave it out",
+    )
+    _require(
+        not filters.near_duplicates or (data.deduplicate and filters.minhashes >= 16),
+        f"{where}near_duplicates={filters.near_duplicates} needs data.deduplicate=True, not {data.deduplicate}, and "
+        f"{where}minhashes of 16 or more, not {filters.minhashes}",
+    )
 
 
 def _check_weights(where: str, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -13,6 +13,31 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FiltersConfig:
+    """Which documents preparation leaves out; 0 (and no languages) switches a rule off. "Gopher" is its rule's limit.
+
+    Source: Rae et al. 2021, arXiv:2112.11446, appendix A.1 (Gopher). A Han character or kana counts as a word.
+    """
+
+    min_words: int = 0  # Gopher: 50
+    max_words: int = 0  # Gopher: 100_000
+    min_word_length: float = 0.0  # mean, in characters; Gopher: 3
+    max_word_length: float = 0.0  # Gopher: 10
+    min_lettered_words: float = 0.0  # share of the words that have a letter; Gopher: 0.8
+    min_letters: float = 0.0  # share of the characters, spaces not counted
+    max_digits: float = 0.0  # likewise
+    max_symbols: float = 0.0  # hashes, or ellipses, for each word; Gopher: 0.1
+    max_bullet_lines: float = 0.0  # share of the lines that begin with a bullet point; Gopher: 0.9
+    max_ellipsis_lines: float = 0.0  # that end in an ellipsis; Gopher: 0.3
+    max_repeated_lines: float = 0.0  # that repeat an earlier line of the document; Gopher: 0.3
+    languages: tuple[str, ...] = ()  # ISO 639-1 codes of those that are kept, of a document's first 2,000 characters
+    min_language_probability: float = 0.0  # of the language that is the most probable one
+    near_duplicates: float = 0.0  # Jaccard similarity of word n-grams from which only one of two documents is kept
+    ngram_words: int = 5
+    minhashes: int = 128  # by which it is estimated
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it is split and packed. All but weights and alpha decide a prepared corpus's identity.
 
@@ -26,6 +51,7 @@ class DataConfig:
     deduplicate: bool = True  # drop exact repetitions of a document
     max_segments: int = 16  # documents (or parts of one) that may share a row
     max_words: int = 0  # the training split, or each source's, takes no more documents than have so many words; 0: all
+    filters: FiltersConfig = FiltersConfig()  # of documents, before anything else sees them
 
 
 @dataclasses.dataclass(frozen=True)

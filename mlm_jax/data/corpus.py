@@ -49,6 +49,7 @@ def identity(cfg: config.Config) -> dict[str, Any]:
     seq_lens = sorted({stage.seq_len for stage in cfg.stages})
     data = sections["data"]
     del data["alpha"]
+    data |= {f"filters.{name}": value for name, value in data.pop("filters").items()}
     if data["sources"]:
         data["sources"] = {source["name"]: source["uri"] for source in data["sources"]}
     else:

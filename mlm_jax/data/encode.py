@@ -18,38 +18,39 @@ import numpy as np
 from mlm_jax.config import Config, TokenizerConfig
 from mlm_jax.data import atomic, pairs, pool, progress, units
 from mlm_jax.data.corpus import check_vocabulary
-from mlm_jax.data.sources import Source
+from mlm_jax.data.sources import Source, changed
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from mlm_jax.errors import UserError
 
 UNIT_BYTES = 4 * 2**20  # text in a unit: a second or two of a worker's time, and what a restart may lose per worker
 
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What one whole pass over a source read."""
+    """What a pass over a source, or over a part of one, has read."""
 
     documents: int
     text_bytes: int
-    content_hash: str  # of the documents in the source's order
+    hash_sum: int  # of the documents' hashes, modulo 2^128: whatever their order
+
+    def __add__(self, other: "Totals") -> "Totals":
+        hash_sum = (self.hash_sum + other.hash_sum) % 2**128
+        return Totals(self.documents + other.documents, self.text_bytes + other.text_bytes, hash_sum)
 
 
-class _Counter:
+class Counter:
     """Adds up the totals of a pass."""
 
     def __init__(self) -> None:
-        self._documents, self._text_bytes, self._hash = 0, 0, hashlib.blake2b(digest_size=16)
+        self._totals = Totals(0, 0, 0)
 
     def add(self, text: bytes) -> bytes:
         """Returns the document's hash."""
         document_hash = units.document_hash(text)
-        self._documents += 1
-        self._text_bytes += len(text)
-        self._hash.update(document_hash)
+        self._totals += Totals(1, len(text), int.from_bytes(document_hash))
         return document_hash
 
     def totals(self) -> Totals:
-        return Totals(self._documents, self._text_bytes, self._hash.hexdigest())
+        return self._totals
 
 
 def remembering(source: Source, limit_bytes: int) -> Source:
@@ -76,46 +77,61 @@ def remembering(source: Source, limit_bytes: int) -> Source:
     return dataclasses.replace(source, documents=documents)
 
 
-def sample(source: Source, sample_bytes: int, held_out_below: int) -> tuple[list[bytes], Totals]:
-    """Draws different documents with the largest hashes, just enough of them for `sample_bytes`, in one pass.
+class Sample:
+    """Of documents that come in any order, the different ones with the largest hashes: just enough for `sample_bytes`.
 
-    The order of reading does not matter. Documents are held out from the other end of the hashes, and those whose hash
-    begins with 64 bits below `held_out_below` are left out here, so the tokenizer does not know the validation split.
-
-    Returns:
-        The sample, UTF-8, ordered by hash; and the totals of the pass.
+    Documents are held out from the other end of the hashes, and those whose hash begins with 64 bits below `held_out_below`
+    are left out here, so that the tokenizer does not know the validation split.
     """
-    counter = _Counter()
-    kept: list[tuple[bytes, bytes]] = []  # a heap: the smallest hash first
-    hashes: set[bytes] = set()
-    kept_bytes = 0
+
+    def __init__(self, sample_bytes: int, held_out_below: int):
+        self._most, self._held_out_below = sample_bytes, held_out_below
+        self._kept: list[tuple[bytes, bytes]] = []  # a heap: the smallest hash first
+        self._hashes: set[bytes] = set()
+        self._bytes = 0
+
+    def add(self, document_hash: bytes, text: bytes) -> None:
+        if document_hash in self._hashes or int.from_bytes(document_hash[:8]) < self._held_out_below:
+            return
+        if self._bytes >= self._most and document_hash < self._kept[0][0]:
+            return
+        heapq.heappush(self._kept, (document_hash, text))
+        self._hashes.add(document_hash)
+        self._bytes += len(text)
+        while self._bytes - len(self._kept[0][1]) >= self._most:
+            smallest, dropped = heapq.heappop(self._kept)
+            self._hashes.remove(smallest)
+            self._bytes -= len(dropped)
+
+    def __add__(self, other: "Sample") -> "Sample":
+        both = Sample(self._most, self._held_out_below)
+        for document_hash, text in (*self._kept, *other._kept):
+            both.add(document_hash, text)
+        return both
+
+    def texts(self) -> list[bytes]:
+        """What is in the sample, ordered by hash."""
+        return [text for _, text in sorted(self._kept)]
+
+
+def sample(source: Source, sample_bytes: int, held_out_below: int) -> tuple[list[bytes], Totals]:
+    """Draws a `Sample` in one pass; returns its texts, UTF-8, and the totals of the pass."""
+    counter, drawn = Counter(), Sample(sample_bytes, held_out_below)
     with progress.shown("sampling text for the tokenizer", total_bytes=source.size_bytes) as advance:
         for document in source.documents():
             text = document.encode()
-            document_hash = counter.add(text)
+            drawn.add(counter.add(text), text)
             advance(text_bytes=len(text))
-            if document_hash in hashes or int.from_bytes(document_hash[:8]) < held_out_below:
-                continue
-            if kept_bytes >= sample_bytes and document_hash < kept[0][0]:
-                continue
-            heapq.heappush(kept, (document_hash, text))
-            hashes.add(document_hash)
-            kept_bytes += len(text)
-            while kept_bytes - len(kept[0][1]) >= sample_bytes:
-                smallest, dropped = heapq.heappop(kept)
-                hashes.remove(smallest)
-                kept_bytes -= len(dropped)
-    return [text for _, text in sorted(kept)], counter.totals()
+    return drawn.texts(), counter.totals()
 
 
-def balanced_sample(sources: Sequence[Source], sample_bytes: int, held_out_below: int, alpha: float) -> list[list[bytes]]:
-    """`sample` of each source, whose part of `sample_bytes` is in proportion to its bytes of text^alpha.
+def balanced(drawn: Sequence[tuple[list[bytes], Totals]], sample_bytes: int, alpha: float) -> list[list[bytes]]:
+    """Of the samples of several sources, as much that a source's part is in proportion to its bytes of text^alpha.
 
-    A source with less text than that gives what it has.
+    All together have `sample_bytes`, as each sample has; a source with less text than its part gives what it has.
 
     Source: XLM-R section 3 (Conneau et al., 2020): the sample of its tokenizer is drawn as its batches are.
     """
-    drawn = [sample(source, sample_bytes, held_out_below) for source in sources]
     sizes = np.array([totals.text_bytes for _, totals in drawn], float) ** alpha
     parts = sample_bytes * sizes / sizes.sum()
     # From the largest hash on, as `sample` chooses, and as many as reach the source's part.
@@ -185,7 +201,7 @@ def encode(
     Raises:
         UserError: the source is no longer what it was when the corpus was begun.
     """
-    counter = _Counter()
+    counter = Counter()
     paths: list[pathlib.Path] = []
     on_disk = {
         int(path.name.split("-")[1]): path for path in building.glob("unit-*") if path.suffix != atomic.TEMPORARY_SUFFIX
@@ -193,12 +209,13 @@ def encode(
     summaries: list[units.UnitSummary] = []
 
     def calls() -> Iterator[Callable[[], units.UnitSummary]]:
-        for index, (texts, content_hash) in enumerate(_grouped(source.documents(), counter)):
+        for index, texts in enumerate(grouped(source.documents())):
+            content_hash = hashlib.blake2b(b"".join(map(counter.add, texts)), digest_size=16).hexdigest()
             path = building / f"unit-{index:06d}-{content_hash}"
             paths.append(path)
             finished = on_disk.pop(index, None)
             if finished is not None and finished != path:
-                raise changed(source, building)
+                raise changed(source.uri, building)
             if finished is not None:
                 report(units.summarise(path))
             else:
@@ -215,29 +232,19 @@ def encode(
             report(summary)
     totals = counter.totals()
     if on_disk or (expected is not None and totals != expected):
-        raise changed(source, building)
+        raise changed(source.uri, building)
     return paths, summaries, totals
 
 
-def _grouped(documents: Iterator[str], counter: _Counter) -> Iterator[tuple[list[bytes], str]]:
-    """Cuts the stream into units, each with a hash of its documents."""
+def grouped(documents: Iterator[str]) -> Iterator[list[bytes]]:
+    """Cuts a stream into units of `UNIT_BYTES` or a little more, UTF-8."""
     texts: list[bytes] = []
-    size, content_hash = 0, hashlib.blake2b(digest_size=16)
+    size = 0
     for document in documents:
-        text = document.encode()
-        content_hash.update(counter.add(text))
-        texts.append(text)
-        size += len(text)
+        texts.append(document.encode())
+        size += len(texts[-1])
         if size >= UNIT_BYTES:
-            yield texts, content_hash.hexdigest()
-            texts, size, content_hash = [], 0, hashlib.blake2b(digest_size=16)
+            yield texts
+            texts, size = [], 0
     if texts:
-        yield texts, content_hash.hexdigest()
-
-
-def changed(source: Source, building: pathlib.Path) -> UserError:
-    """What to raise when a later pass over a source does not read what an earlier one did."""
-    return UserError(
-        f"{source.uri}: the documents have changed since {building.parent} was begun; delete that directory and prepare"
-        " it again, or bring the documents back as they were"
-    )
+        yield texts

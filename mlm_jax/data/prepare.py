@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mlm_jax.config import Config
-from mlm_jax.data import atomic, encode, limit, pool, progress, shards, units
+from mlm_jax.config import Config, FiltersConfig
+from mlm_jax.data import atomic, encode, limit, pool, selection, shards, units
 from mlm_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -33,7 +33,9 @@ from mlm_jax.data.corpus import (
     read_manifest,
     rows_directory,
 )
-from mlm_jax.data.sources import Source, open_source
+from mlm_jax.data.filters import check_languages
+from mlm_jax.data.runner import LocalRunner, Runner
+from mlm_jax.data.sources import Source, changed, open_source
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 
@@ -47,20 +49,19 @@ BUCKETS_FOR_PARALLELISM = 16
 
 REMEMBERED_BYTES = 32 * 2**20  # of text: a source up to this size is read once, not twice
 
-_OF_EACH_SOURCE = ("source", "content_hash", "documents", "words", "tokens", "rows")  # in a mixture's manifest
+_OF_EACH_SOURCE = ("source", "content_hash", "documents", "words", "tokens", "rows", "filters")  # in a mixture's manifest
+_DECISIONS = "filters"  # the folder of what the filters have decided; of a mixture's source with -NAME
 _READY = "manifest.ready"  # the manifest's name from the moment that all else is in place until the clean-up is done
 
 
-def prepare(
-    cfg: Config, out: str | os.PathLike[str], workers: int | None = None, tokenizer: Tokenizer | None = None
-) -> Corpus:
+def prepare(cfg: Config, out: str | os.PathLike[str], workers: int | None = None, runner: Runner | None = None) -> Corpus:
     """Makes the corpus of a configuration, or continues making it, or opens it when it is whole.
 
     Args:
         cfg: its data and tokenizer sections and its stages' row lengths decide the content.
         out: a local directory that is new, empty, or was used for the same configuration before.
         workers: processes that tokenise and pack; as many as there are cores when None.
-        tokenizer: what the configuration's tokenizer section has led to, where that is known already.
+        runner: what does the passes over the text in the place of such processes.
 
     Raises:
         UserError: an unusable source, too little text, a directory that is taken, in use, or of another configuration.
@@ -75,6 +76,19 @@ def prepare(
     directory = pathlib.Path(out)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; give a directory")
+    _prepare(cfg, directory, runner or LocalRunner(workers or pool.available_cores()))
+    return open_corpus(directory, cfg)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfMixture:
+    """What a source of a mixture is given: the mixture's tokenizer, and where what the filters decided of it lies."""
+
+    tokenizer: Tokenizer
+    decisions: pathlib.Path
+
+
+def _prepare(cfg: Config, directory: pathlib.Path, runner: Runner, mixture: _OfMixture | None = None) -> None:
     if read_manifest(directory) is None:
         with atomic.telling_faults(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -82,14 +96,15 @@ def prepare(
             if read_manifest(directory) is None:  # else it was finished while this process came to the lock
                 building = _begin(directory, identity(cfg))
                 if not (directory / _READY).exists():
-                    build = _build_mixture if cfg.data.sources else _build
-                    build(cfg, directory, building, workers or pool.available_cores(), tokenizer)
+                    if cfg.data.sources:
+                        _build_mixture(cfg, directory, building, runner)
+                    else:
+                        _build(cfg, directory, building, runner, mixture)
                 with atomic.telling_faults(directory):
                     shutil.rmtree(building)
                     os.replace(directory / _READY, directory / MANIFEST)
     else:
         _log.info("%s is whole already", directory)
-    return open_corpus(directory, cfg)
 
 
 def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
@@ -109,7 +124,13 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
         others = sorted(path.name for path in directory.iterdir() if path.name not in known)
         if others:
             raise UserError(f"{directory} holds {others[0]!r} and no corpus: give a new or empty directory")
-        shutil.rmtree(building, ignore_errors=True)  # nothing is finished: the settings may still be corrected
+        # Nothing is finished that a corrected setting would not change, but what the filters have decided for these.
+        same = begun.exists() and json.loads(begun.read_bytes()) == {"format": FORMAT, **wanted}
+        for path in list(building.iterdir()) if building.exists() else ():
+            if path.is_file():
+                path.unlink()
+            elif not (same and path.name.startswith(_DECISIONS)):
+                shutil.rmtree(path)
     with atomic.telling_faults(building):
         building.mkdir(exist_ok=True)
         for left_by_a_killed_process in building.glob(f"*{atomic.TEMPORARY_SUFFIX}"):
@@ -120,24 +141,24 @@ def _begin(directory: pathlib.Path, wanted: dict[str, Any]) -> pathlib.Path:
     return building
 
 
-def _build(
-    cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers: int, given: Tokenizer | None = None
-) -> None:
+def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, runner: Runner, mixture: _OfMixture | None) -> None:
     """All the work: everything is in place and the manifest is ready when this returns."""
-    source = encode.remembering(open_source(cfg.data.source), REMEMBERED_BYTES)
-    _log.info("preparing %s from %s with %d worker(s)", directory, source.description, workers)
+    decisions = mixture.decisions if mixture else building / _DECISIONS
+    source = _open_filtered(cfg, runner, decisions)
+    _log.info("preparing %s from %s with %s", directory, source.description, runner)
     if cfg.data.max_words:
-        source = _limited(cfg, source, building)
+        source = _limited(cfg, source, building, runner)
     totals_path = building / "totals.json"
 
     def draw() -> list[bytes]:
-        texts, totals = encode.sample(source, _sample_bytes(cfg), _held_out_below(cfg))
+        texts, totals = runner.sample(source, building, _sample_bytes(cfg), _held_out_below(cfg))
         if not texts:
             raise _too_few_documents(cfg)
         with atomic.replacing(totals_path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(totals)))
         return texts
 
+    given = mixture.tokenizer if mixture else None
     tokenizer = encode.make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
     expected = encode.Totals(**json.loads(totals_path.read_bytes())) if totals_path.exists() else None
     check_vocabulary(tokenizer, cfg)
@@ -150,68 +171,86 @@ def _build(
         cls_id=tokenizer.cls_id,
         sep_id=tokenizer.sep_id,
     )
-    with pool.started(workers) as executor:
-        paths, found, totals = encode.encode(source, building, directory / TOKENIZER, executor, workers, expected)
-        buckets = _plan(cfg, found)
-        calls = (functools.partial(shards.pack_bucket, bucket, row_format, paths, building) for bucket in buckets)
-        summaries = []
-        with progress.shown("packing", total_tokens=sum(unit.tokens for unit in found)) as advance:
-            for summary in pool.completed(executor, calls, limit=2 * workers):
-                summaries.append(summary)
-                advance(tokens=summary.tokens)
-    summaries.sort(key=lambda summary: summary.bucket.lower)
+    plan = functools.partial(_plan, cfg)
+    summaries, blank, totals = runner.pack(source, building, directory / TOKENIZER, row_format, plan, expected)
     for seq_len in row_format.seq_lens:
         shards.publish(summaries, row_format, seq_len, building, rows_directory(directory, seq_len))
     _write_unigrams(summaries, building, directory / UNIGRAMS)
-    blank = sum(unit.blank for unit in found)
     manifest = _manifest(cfg, tokenizer, totals, blank, row_format, summaries)
+    if cfg.data.filters != FiltersConfig():
+        manifest["filters"] = selection.read_summary(decisions)
     if 0 < cfg.data.max_words < manifest["words"]["train"]:
-        raise encode.changed(source, building)
+        raise changed(source.uri, building)
     with atomic.replacing(directory / _READY, building) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     _report(manifest)
 
 
-def _limited(cfg: Config, source: Source, building: pathlib.Path) -> Source:
+def _open_filtered(cfg: Config, runner: Runner, decisions: pathlib.Path) -> Source:
+    """The source without the documents that `data.filters` drop; what they decided is kept for a restart.
+
+    Args:
+        decisions: the folder for that.
+    """
+    source = open_source(cfg.data.source)
+    if cfg.data.filters != FiltersConfig():
+        check_languages(cfg.data.filters)
+        with atomic.telling_faults(decisions):
+            decisions.mkdir(parents=True, exist_ok=True)
+        if selection.read_summary(decisions) is None:
+            runner.select(source, cfg.data.filters, decisions)
+        source = selection.selected(source, decisions)
+    return encode.remembering(source, REMEMBERED_BYTES)
+
+
+def _limited(cfg: Config, source: Source, building: pathlib.Path, runner: Runner) -> Source:
     """Cuts the source down to `data.max_words`; where it is cut is kept for a restart."""
     path = building / "limit"
     if not path.exists():
-        cut = limit.find_limit(
-            source, cfg.data.max_words, deduplicate=cfg.data.deduplicate, held_out_below=_held_out_below(cfg)
+        cut = runner.find_limit(
+            source, building, cfg.data.max_words, deduplicate=cfg.data.deduplicate, held_out_below=_held_out_below(cfg)
         )
         with atomic.replacing(path) as temporary:
             temporary.write_text(cut)
     return limit.limited(source, path.read_text())
 
 
-def _build_mixture(
-    cfg: Config, directory: pathlib.Path, building: pathlib.Path, workers: int, given: Tokenizer | None = None
-) -> None:
+def _build_mixture(cfg: Config, directory: pathlib.Path, building: pathlib.Path, runner: Runner) -> None:
     """A tokenizer from a sample of all sources, then a corpus of each source with it, each in its own folder."""
-    sources = {source.name: dataclasses.replace(cfg.data, source=source.uri, sources=()) for source in cfg.data.sources}
+    sources = {
+        source.name: dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, source=source.uri, sources=()))
+        for source in cfg.data.sources
+    }
 
     def draw() -> list[bytes]:
-        opened = [open_source(data.source) for data in sources.values()]
-        texts = encode.balanced_sample(opened, _sample_bytes(cfg), _held_out_below(cfg), cfg.tokenizer.sample_alpha)
-        for data, drawn in zip(sources.values(), texts, strict=True):
+        samples = []
+        for name, part in sources.items():
+            source = _open_filtered(part, runner, building / f"{_DECISIONS}-{name}")
+            samples.append(runner.sample(source, building, _sample_bytes(cfg), _held_out_below(cfg)))
+        texts = encode.balanced(samples, _sample_bytes(cfg), cfg.tokenizer.sample_alpha)
+        for part, drawn in zip(sources.values(), texts, strict=True):
             if not drawn:
-                raise _too_few_documents(dataclasses.replace(cfg, data=data))
+                raise _too_few_documents(part)
         return [text for drawn in texts for text in drawn]
 
-    tokenizer = encode.make_tokenizer(cfg, directory / TOKENIZER, building, draw, given)
+    tokenizer = encode.make_tokenizer(cfg, directory / TOKENIZER, building, draw, None)
     check_vocabulary(tokenizer, cfg)
     with atomic.telling_faults(directory):
         (directory / SOURCES).mkdir(exist_ok=True)
     parts = {}
-    for name, data in sources.items():
+    for name, part in sources.items():
         _log.info("source %s of %s", name, ", ".join(sources))
-        parts[name] = prepare(dataclasses.replace(cfg, data=data), directory / SOURCES / name, workers, tokenizer)
+        _prepare(part, directory / SOURCES / name, runner, _OfMixture(tokenizer, building / f"{_DECISIONS}-{name}"))
+        parts[name] = open_corpus(directory / SOURCES / name, part)
     with atomic.replacing(directory / UNIGRAMS, building) as temporary, open(temporary, "wb") as file:
         np.save(file, sum(part.unigrams for part in parts.values()))
     manifest = {
         "format": FORMAT,
         "identity": identity(cfg),
-        "sources": {name: {field: part.manifest[field] for field in _OF_EACH_SOURCE} for name, part in parts.items()},
+        "sources": {
+            name: {field: part.manifest[field] for field in _OF_EACH_SOURCE if field in part.manifest}
+            for name, part in parts.items()
+        },
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "unigrams": UNIGRAMS,
     }

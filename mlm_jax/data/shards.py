@@ -86,10 +86,14 @@ def pack_bucket(
     Raises:
         MachineError: a file cannot be read or written.
     """
-    finished = building / f"bucket-{bucket.name}.json"
+    finished = _summary_path(bucket, building)
     if finished.exists():
         return _from_json(finished.read_bytes())
-    found = units.gather(unit_paths, bucket.lower, bucket.upper)
+    return pack_documents(bucket, row_format, units.gather(unit_paths, bucket.lower, bucket.upper), building)
+
+
+def pack_documents(bucket: Bucket, row_format: RowFormat, found: units.Documents, building: pathlib.Path) -> BucketSummary:
+    """Packs documents, sorted by hash, and writes the bucket's shards."""
     documents = found
     if row_format.deduplicate:
         is_first = np.ones(len(found.hashes), bool)
@@ -111,9 +115,18 @@ def pack_bucket(
     )
     with atomic.replacing(building / f"unigrams-{bucket.name}.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, _count_tokens(documents, row_format.vocab_size))
-    with atomic.replacing(finished) as temporary:
+    with atomic.replacing(_summary_path(bucket, building)) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(summary)))
     return summary
+
+
+def is_packed(bucket: Bucket, building: pathlib.Path) -> bool:
+    """Whether `pack_bucket` would read a finished bucket back."""
+    return _summary_path(bucket, building).exists()
+
+
+def _summary_path(bucket: Bucket, building: pathlib.Path) -> pathlib.Path:
+    return building / f"bucket-{bucket.name}.json"
 
 
 def _from_json(content: bytes) -> BucketSummary:

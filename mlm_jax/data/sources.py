@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from mlm_jax.data import files, pairs, text_files
 from mlm_jax.errors import MachineError, UserError, install
 
+MOST_PARTS = 1024  # of a source of files
+_TFDS_PARTS = 64
 _TFDS_ROWS = 256  # read together
 _MIN_DOCSTRING_CHARS = 40  # a shorter docstring is a label, not prose
 _FOLDERS_WITHOUT_PROSE = frozenset(
@@ -36,12 +38,46 @@ class Source:
             raises UserError for unusable content, with file and line, and MachineError for damaged files.
         size_bytes: estimated bytes of uncompressed input, for progress and sampling only; None where it is unknown.
         description: a few words for logs.
+        parts: the same documents in pieces, in order, that can be read apart; empty where there is one only.
     """
 
     uri: str
     documents: Callable[[], Iterator[str]]
     size_bytes: int | None
     description: str
+    parts: tuple[Callable[[], Iterator[str]], ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """`parts`, of which there is at least one here."""
+        return self.parts or (self.documents,)
+
+
+def in_parts(uri: str, parts: tuple[Callable[[], Iterator[str]], ...], size_bytes: int | None, description: str) -> Source:
+    """A source that reads its parts one after another."""
+    return Source(uri, functools.partial(_chained, parts), size_bytes, description, parts)
+
+
+def _chained(parts: Sequence[Callable[[], Iterator[str]]]) -> Iterator[str]:
+    return (text for part in parts for text in part())
+
+
+def _portions(count: int) -> list[slice]:
+    """Cuts so many files into MOST_PARTS runs at most, as a part leaves files of its own in a preparation."""
+    step = -(-count // MOST_PARTS)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def changed(uri: str, building: pathlib.Path) -> UserError:
+    """What to raise when a later pass over a source does not read what an earlier one did.
+
+    Args:
+        building: the folder for unfinished work of the corpus.
+    """
+    return UserError(
+        f"{uri}: the documents have changed since {building.parent} was begun; delete that directory and prepare it again,"
+        " or bring the documents back as they were"
+    )
 
 
 def open_source(uri: str) -> Source:
@@ -169,9 +205,12 @@ def _open_files(uri: str, body: str) -> Source:
     rule = options.get("documents", "file")
     if rule not in text_files.DOCUMENT_RULES:
         raise UserError(f"{uri}: documents={rule} is none of {', '.join(text_files.DOCUMENT_RULES)}")
-    documents = functools.partial(files.read_documents, paths, options.get("field", "text"), rule, form)
+    field = options.get("field", "text")
+    parts = tuple(
+        functools.partial(files.read_documents, paths[portion], field, rule, form) for portion in _portions(len(paths))
+    )
     size = sum(text_files.uncompressed_bytes(path) for path in paths)
-    return Source(uri, documents, size, f"{len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
+    return in_parts(uri, parts, size, f"{len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
 
 
 def _split_dataset(uri: str, body: str, allowed: Sequence[str]) -> tuple[str, str, dict[str, str]]:
@@ -193,14 +232,20 @@ def _open_tfds(uri: str, body: str) -> Source:
     name, split, options = _split_dataset(uri, body, ("field", "data_dir"))
     field = options.pop("field", "text")
     documents = functools.partial(_tfds_documents, uri, name, split, field, options.get("data_dir"))
-    return Source(uri, documents, None, f"split {split} of TFDS {name}")
+    parts = tuple(functools.partial(documents, part, _TFDS_PARTS) for part in range(_TFDS_PARTS))
+    return Source(uri, documents, None, f"split {split} of TFDS {name}", parts)
 
 
-def _tfds_documents(uri: str, name: str, split: str, field: str, data_dir: str | None) -> Iterator[str]:
-    return _records_text(_tfds_records(uri, name, split, data_dir), field, uri)
+def _tfds_documents(
+    uri: str, name: str, split: str, field: str, data_dir: str | None, part: int = 0, parts: int = 1
+) -> Iterator[str]:
+    where = f"{uri}, part {part + 1} of {parts}" if parts > 1 else uri
+    return _records_text(_tfds_records(uri, name, split, data_dir, part, parts), field, where)
 
 
-def _tfds_records(uri: str, name: str, split: str, data_dir: str | None) -> Iterator[Mapping[str, object]]:
+def _tfds_records(
+    uri: str, name: str, split: str, data_dir: str | None, part: int = 0, parts: int = 1
+) -> Iterator[Mapping[str, object]]:
     import tensorflow_datasets as tfds  # seconds that other sources need not pay
 
     refusals = (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError, ImportError)
@@ -211,7 +256,8 @@ def _tfds_records(uri: str, name: str, split: str, data_dir: str | None) -> Iter
         raise UserError(f"{uri}: TFDS cannot serve this: {reason}") from error
     except OSError as error:
         raise MachineError(f"{uri}: {error}") from error
-    batches = (range(start, min(start + _TFDS_ROWS, len(rows))) for start in range(0, len(rows), _TFDS_ROWS))
+    begin, end = (len(rows) * bound // parts for bound in (part, part + 1))
+    batches = (range(start, min(start + _TFDS_ROWS, end)) for start in range(begin, end, _TFDS_ROWS))
     yield from (record for batch in batches for record in rows.__getitems__(list(batch)))
 
 
@@ -249,16 +295,17 @@ def _open_pairs(uri: str, body: str) -> Source:
         others = _matched(uri, options["with"])
         if len(others) != len(paths):
             raise UserError(f"{uri}: {pattern} matches {len(paths)} file(s), and with={options['with']} {len(others)}")
-        documents = functools.partial(pairs.read_aligned, paths, others)
+        parts = tuple(functools.partial(pairs.read_aligned, paths[p], others[p]) for p in _portions(len(paths)))
         paths += others
     else:
         columns = options.get("columns", "1,2")
         chosen = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", columns)
         if not chosen or chosen[1] == chosen[2]:
             raise UserError(f"{uri}: columns={columns} are not two different numbers from 1 on, as in ?columns=1,2")
-        documents = functools.partial(pairs.read_columns, paths, (int(chosen[1]), int(chosen[2])))
+        numbers = int(chosen[1]), int(chosen[2])
+        parts = tuple(functools.partial(pairs.read_columns, paths[p], numbers) for p in _portions(len(paths)))
     size = sum(text_files.uncompressed_bytes(path) for path in paths)
-    return Source(uri, documents, size, f"pairs from {len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
+    return in_parts(uri, parts, size, f"pairs from {len(paths)} file{'s' * (len(paths) > 1)} ({pattern})")
 
 
 _SCHEMES: dict[str, Callable[[str, str], Source]] = {

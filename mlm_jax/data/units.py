@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,16 @@ class UnitSummary:
     smallest_hash: int
     largest_hash: int
 
+    def __add__(self, other: "UnitSummary") -> "UnitSummary":
+        return UnitSummary(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.blank + other.blank,
+            self.text_bytes + other.text_bytes,
+            min(self.smallest_hash, other.smallest_hash),
+            max(self.largest_hash, other.largest_hash),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
@@ -53,10 +63,41 @@ class Documents:
     def take(self, chosen: np.ndarray) -> "Documents":
         return Documents(self.hashes[chosen], self.starts[chosen], self.lengths[chosen], self.words[chosen], self.tokens)
 
+    def between(self, lower: int, upper: int) -> "Documents":
+        """Those whose hash begins with 64 bits in lower … upper - 1, where tokens are in the order of documents; copies."""
+        first = np.searchsorted(self.hashes[:, 0], np.uint64(lower), "left")
+        last = np.searchsorted(self.hashes[:, 0], np.uint64(upper - 1), "right")
+        lengths = np.array(self.lengths[first:last])
+        starts = np.cumsum(lengths) - lengths
+        begin = int(self.starts[first]) if len(lengths) else 0
+        tokens = np.array(self.tokens[begin : begin + int(lengths.sum())])
+        return Documents(np.array(self.hashes[first:last]), starts, lengths, np.array(self.words[first:last]), tokens)
+
+
+def joined(parts: Iterable[Documents]) -> Documents:
+    """The documents of all parts, each with its tokens in the order of documents, sorted by the whole hash.
+
+    The result does not show which part a document came from; equal documents follow each other.
+    """
+    none, no_tokens = np.zeros(0, np.int64), np.zeros(0, np.uint16)
+    empty = Documents(np.zeros((0, 2), np.uint64), none, none, none, no_tokens)  # for a bucket that has no part
+    arrays = [(part.hashes, part.lengths, part.words, part.tokens) for part in (empty, *parts)]
+    hashes, lengths, words, tokens = map(np.concatenate, zip(*arrays, strict=True))
+    found = Documents(hashes, np.cumsum(lengths) - lengths, lengths, words, tokens)
+    return found.take(np.lexsort((hashes[:, 1], hashes[:, 0])))
+
 
 def document_hash(text: bytes) -> bytes:
     """The 128 bits that a document is known by: for its order, its duplicates and its split."""
     return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def rank(document_hash: bytes) -> str:
+    """The hash, hexadecimal, with its halves exchanged: what is chosen by it is chosen alike in both splits.
+
+    The first half decides the split.
+    """
+    return (document_hash[8:] + document_hash[:8]).hex()
 
 
 def smallest_dtype(limit: int) -> np.dtype:
@@ -70,12 +111,8 @@ def _tokenizer(directory: str) -> Tokenizer:
     return load_tokenizer(directory)
 
 
-def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory: str) -> UnitSummary:
-    """Tokenises documents, given as UTF-8, and writes them as one unit. Runs in a worker process.
-
-    Raises:
-        MachineError: the file cannot be written.
-    """
+def tokenise(texts: Sequence[bytes], tokenizer_directory: str) -> Documents:
+    """Tokenises documents, given as UTF-8; without those of which nothing is left, and tokens in the order of documents."""
     tokenizer = _tokenizer(tokenizer_directory)
     hashes = np.frombuffer(b"".join(document_hash(text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2)
     decoded = [text.decode() for text in texts]
@@ -85,12 +122,24 @@ def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory:
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     order = order[lengths[order] > 0]
     tokens = np.concatenate([ids[i] for i in order]) if len(order) else np.zeros(0)
+    lengths = lengths[order]
     tokens = tokens.astype(smallest_dtype(tokenizer.vocab_size))
+    return Documents(hashes[order], np.cumsum(lengths) - lengths, lengths, words[order], tokens)
+
+
+def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory: str) -> UnitSummary:
+    """Tokenises documents, given as UTF-8, and writes them as one unit. Runs in a worker process.
+
+    Raises:
+        MachineError: the file cannot be written.
+    """
+    documents = tokenise(texts, tokenizer_directory)
     header = np.zeros((), _HEADER)
-    header["documents"], header["tokens"], header["blank"] = len(order), len(tokens), len(texts) - len(order)
-    header["text_bytes"], header["id_bytes"] = sum(map(len, texts)), tokens.itemsize
+    header["documents"], header["tokens"] = len(documents.lengths), len(documents.tokens)
+    header["blank"], header["text_bytes"] = len(texts) - len(documents.lengths), sum(map(len, texts))
+    header["id_bytes"] = documents.tokens.itemsize
     with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
-        for part in (header, hashes[order], np.cumsum(lengths[order]), words[order], tokens):
+        for part in (header, documents.hashes, np.cumsum(documents.lengths), documents.words, documents.tokens):
             file.write(part.tobytes())
     return summarise(path)
 
@@ -101,36 +150,23 @@ def summarise(path: pathlib.Path) -> UnitSummary:
     Raises:
         MachineError: the file is not as it was written.
     """
-    header, hashes, _, _, _ = _arrays(path)
-    numbers = {name: int(header[name]) for name in ("documents", "tokens", "blank", "text_bytes")}
-    if not numbers["documents"]:
-        return UnitSummary(**numbers, smallest_hash=2**64 - 1, largest_hash=0)
-    return UnitSummary(**numbers, smallest_hash=int(hashes[0, 0]), largest_hash=int(hashes[-1, 0]))
+    header, documents = _read(path)
+    return summary(documents, blank=int(header["blank"]), text_bytes=int(header["text_bytes"]))
+
+
+def summary(documents: Documents, *, blank: int, text_bytes: int) -> UnitSummary:
+    """Of documents that are sorted by hash."""
+    bounds = (int(documents.hashes[0, 0]), int(documents.hashes[-1, 0])) if len(documents.hashes) else (2**64 - 1, 0)
+    return UnitSummary(len(documents.lengths), len(documents.tokens), blank, text_bytes, *bounds)
 
 
 def gather(paths: Sequence[pathlib.Path], lower: int, upper: int) -> Documents:
-    """The documents of all units whose hash begins with 64 bits in lower … upper - 1, sorted by the whole hash.
-
-    The result does not show which unit a document came from; equal documents follow each other.
-    """
-    hashes, lengths, words, tokens = [], [], [], []
-    for path in paths:
-        _, unit_hashes, ends, unit_words, unit_tokens = _arrays(path)
-        first = np.searchsorted(unit_hashes[:, 0], np.uint64(lower), "left")
-        last = np.searchsorted(unit_hashes[:, 0], np.uint64(upper - 1), "right")
-        bounds = np.concatenate((ends[first - 1 : first] if first else [0], ends[first:last]))
-        hashes.append(np.array(unit_hashes[first:last]))
-        lengths.append(np.diff(bounds))
-        words.append(np.array(unit_words[first:last]))
-        tokens.append(np.array(unit_tokens[bounds[0] : bounds[-1]]))
-    all_lengths = np.concatenate(lengths)
-    starts = np.cumsum(all_lengths) - all_lengths
-    found = Documents(np.concatenate(hashes), starts, all_lengths, np.concatenate(words), np.concatenate(tokens))
-    return found.take(np.lexsort((found.hashes[:, 1], found.hashes[:, 0])))
+    """The documents of all units whose hash begins with 64 bits in lower … upper - 1; see `joined`."""
+    return joined(_read(path)[1].between(lower, upper) for path in paths)
 
 
-def _arrays(path: pathlib.Path) -> tuple[np.void, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Maps a unit's header, hashes, token ends, words and tokens into memory, so that only what is used is read."""
+def _read(path: pathlib.Path) -> tuple[np.void, Documents]:
+    """Maps a unit's header and documents into memory, so that only what is used is read."""
     try:
         content = np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
@@ -144,10 +180,12 @@ def _arrays(path: pathlib.Path) -> tuple[np.void, np.ndarray, np.ndarray, np.nda
     tokens_at = words_at + 8 * documents
     if len(content) != tokens_at + id_bytes * tokens:
         raise MachineError(f"{path} is damaged ({len(content)} bytes); delete it and start again")
-    return (
-        header,
-        content[_HEADER.itemsize : ends_at].view("<u8").reshape(-1, 2),
-        content[ends_at:words_at].view("<i8"),
-        content[words_at:tokens_at].view("<i8"),
-        content[tokens_at:].view(np.uint16 if id_bytes == 2 else np.int32),
+    ends = content[ends_at:words_at].view("<i8")
+    lengths = np.diff(ends, prepend=0)
+    return header, Documents(
+        hashes=content[_HEADER.itemsize : ends_at].view("<u8").reshape(-1, 2),
+        starts=ends - lengths,
+        lengths=lengths,
+        words=content[words_at:tokens_at].view("<i8"),
+        tokens=content[tokens_at:].view(np.uint16 if id_bytes == 2 else np.int32),
     )

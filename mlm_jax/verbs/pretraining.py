@@ -4,10 +4,11 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from typing import Any
 
-from mlm_jax.errors import MachineError, UserError, fail, tell_any
+from mlm_jax.errors import MachineError, UserError, fail, install, tell_any
 from mlm_jax.verbs.options import Result, Verbs, config_option, device_errors, workdir_option
 
 
@@ -15,18 +16,50 @@ def _declare_prepare(parser: argparse.ArgumentParser) -> None:
     config_option(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the tokenizer and the packed corpus go")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
+    parser.add_argument(
+        "--runner",
+        choices=("local", "beam"),
+        default="local",
+        help="beam: the same as Apache Beam pipelines, whose workers must see the source and DIR under the same paths",
+    )
+    parser.add_argument(
+        "--beam-options",
+        default="",
+        metavar="OPTIONS",
+        help="Beam's own in one text, as --beam-options='--runner=FlinkRunner --flink_master=HOST:8081'; without a runner "
+        "this machine does it, with several processes by '--direct_running_mode=multi_processing --direct_num_workers=8'",
+    )
 
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.config import load_config
     from mlm_jax.data.prepare import prepare
 
-    manifest = prepare(load_config(options.config, overrides), options.out, options.workers).manifest
+    cfg = load_config(options.config, overrides)
+    manifest = prepare(cfg, options.out, options.workers, _runner(options)).manifest
     print(f"{'split':12}{'documents':>12}{'words':>14}{'tokens':>14}")
     for name, part in manifest.get("sources", {"": manifest}).items():
         for split, words in part.get("words", {}).items():  # a corpus of an older version counts none
             print(f"{split:12}{part['documents'][split]:12,}{words:14,}{part['tokens'][split]:14,}  {name}".rstrip())
     return dict(manifest)
+
+
+def _runner(options: argparse.Namespace) -> Any:
+    """What `prepare` runs on, None for processes of its own."""
+    if options.runner == "local":
+        if options.beam_options:
+            raise UserError(f"--beam-options={options.beam_options} are for --runner beam: add it")
+        return None
+    if options.workers is not None:
+        raise UserError(
+            f"--workers={options.workers} is for --runner local; with Beam write --beam-options="
+            f"'--direct_running_mode=multi_processing --direct_num_workers={options.workers}'"
+        )
+    try:
+        from mlm_jax.data.beam_runner import BeamRunner  # Beam is an optional extra
+    except ImportError as error:
+        raise UserError(f"--runner beam needs the extra 'beam' ({error}): {install('beam')}") from None
+    return BeamRunner(tuple(shlex.split(options.beam_options)))
 
 
 def _declare_train(parser: argparse.ArgumentParser) -> None:
