@@ -4,14 +4,15 @@ Command:
     mlm-jax train --config configs/tlm_mini.py:tlm --workdir runs/tlm
     mlm-jax train --config configs/tlm_mini.py:mlm --workdir runs/mlm \
         --config.tokenizer.algorithm=pretrained --config.tokenizer.path=runs/tlm/tokenizer
-The second is the same model on the same sentences without their alignment: each is a document of its own.
+The second is the same model on the same sentences without their alignment: each is a document of its own. A third variant,
+xlm, is the first with XLM's language embeddings; `mlm-jax fill-mask --language de` tells it the language of a text.
 `python tests/retrieval.py runs/tlm runs/mlm --pairs 'pairs:corpus/tatoeba/deu-eng.tsv.gz'` finds translations by both.
 It looks for its text in corpus/.
-Expected: 7,567,616 parameters, 2,048 tokens a step.
+Expected: 7,567,616 parameters (xlm: 7,568,640 parameters), 2,048 tokens a step.
 Reference topology: one machine with 2 CPU cores.
 
 Source: TLM, with positions that begin anew in the second sentence, and its alternation with plain masked text, is section
-3.3 of XLM (Conneau and Lample 2019, arXiv:1901.07291). Without its language embeddings, as XLM-R (arXiv:1911.02116).
+3.3 of XLM (Conneau and Lample 2019, arXiv:1901.07291), as are language embeddings. XLM-R (arXiv:1911.02116) has none.
 """
 
 import ml_collections
@@ -22,13 +23,22 @@ PLAIN = (
     {"name": "zh", "uri": "files:corpus/zh_wikipedia/*.jsonl.gz?field=text", "weight": 2.0},
     {"name": "ru", "uri": "files:corpus/ru_novels/*.txt.gz?documents=blank_line", "weight": 2.0},
 )
+PAIRS = (
+    {"name": "de-en", "uri": "pairs:corpus/tatoeba/deu-eng.tsv.gz?columns=1,2", "weight": 2.0},
+    {"name": "zh-en", "uri": "pairs:corpus/tatoeba/cmn-eng.tsv.gz?columns=1,2", "weight": 2.0},
+    {"name": "ru-en", "uri": "pairs:corpus/tatoeba/rus-eng.tsv.gz?columns=1,2", "weight": 2.0},
+)
 # ours: a weight for each language and each pair, where XLM takes batches of both in turn
 VARIANTS = {
-    "tlm": (
-        *PLAIN,
-        {"name": "de-en", "uri": "pairs:corpus/tatoeba/deu-eng.tsv.gz?columns=1,2", "weight": 2.0},
-        {"name": "zh-en", "uri": "pairs:corpus/tatoeba/cmn-eng.tsv.gz?columns=1,2", "weight": 2.0},
-        {"name": "ru-en", "uri": "pairs:corpus/tatoeba/rus-eng.tsv.gz?columns=1,2", "weight": 2.0},
+    "tlm": (*PLAIN, *PAIRS),
+    "xlm": (
+        {**PLAIN[0], "language": "en"},
+        {**PLAIN[1], "language": "de"},
+        {**PLAIN[2], "language": "zh"},
+        {**PLAIN[3], "language": "ru"},
+        {**PAIRS[0], "language": "de,en"},
+        {**PAIRS[1], "language": "zh,en"},
+        {**PAIRS[2], "language": "ru,en"},
     ),
     "mlm": (
         *PLAIN,
@@ -43,7 +53,7 @@ VARIANTS = {
 
 
 def get_config(variant: str) -> ml_collections.ConfigDict:
-    """The recipe with pairs (tlm), or with their sentences as documents (mlm)."""
+    """The recipe with pairs (tlm), also with languages (xlm), or with the pairs' sentences as documents (mlm)."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {[*VARIANTS]}")
     return ml_collections.ConfigDict(
@@ -56,6 +66,7 @@ def get_config(variant: str) -> ml_collections.ConfigDict:
             "tokenizer": {"algorithm": "unigram", "vocab_size": 16384, "sample_alpha": 0.3},
             "model": {
                 "vocab_size": 16384,
+                "languages": ("en", "de", "zh", "ru") if variant == "xlm" else (),
                 "num_layers": 4,
                 "embed_dim": 256,
                 "num_heads": 4,

@@ -11,6 +11,7 @@ import numpy as np
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.objectives import Objective
+from mlm_jax.segments import mark_languages
 from mlm_jax.sharding import ROWS, place, row_ways
 
 Fill = list[list[dict[str, Any]]]  # per mask, the candidates: {"token": str, "begins_word": bool, "probability": float}
@@ -27,10 +28,11 @@ class Filler:
         self._is_hidden_V = hidden
         self._begins_word_V = tokenizer.word_starts()
 
-    def __call__(self, params: Any, texts: Sequence[str], *, top_k: int) -> list[Fill]:
+    def __call__(self, params: Any, texts: Sequence[str], *, top_k: int, language: str = "") -> list[Fill]:
         """Candidates for every mask of every text, most probable first; special tokens are never among them.
 
-        Probabilities are those of the model's whole vocabulary.
+        Probabilities are those of the model's whole vocabulary. The texts are shown to it as of `language`, where one is
+        given.
 
         Raises:
             UserError: a text holds no mask or is longer than the model's positions; `top_k` is out of range.
@@ -53,6 +55,7 @@ class Filler:
             tokens[row, : len(ids)] = ids
             segments[row, : len(ids)] = 1
             positions[row, : len(masks[row])] = masks[row]
+        segments = mark_languages(segments, self._objective.cfg.languages(language))
         arrays = place((tokens, segments, positions), jax.P(ROWS))
         hidden_V = place(self._is_hidden_V, jax.P())
         probabilities, ids_BPK = jax.device_get(self._predict(params, hidden_V, *arrays, top_k=top_k))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from mlm_jax.errors import UserError
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Objective, Trainable, make_objective, make_task
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
+from mlm_jax.segments import mark_languages
 from mlm_jax.sharding import make_mesh
 from mlm_jax.train.checkpoint import load_params, saved_step
 from mlm_jax.workdir import Workdir
@@ -96,10 +97,13 @@ def read_encoder(workdir: Workdir, compute: Compute) -> tuple[Any, int]:
     return params["encoder"], step
 
 
-def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray]:
+def pack_source(run: TrainedRun, uri: str, seq_len: int, languages: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """The first documents of a source as packed rows of the run's tokenizer: `tokens` and `segment_ids`, int32 [rows, L].
 
     As many documents are read as fill `evaluation.max_rows` rows.
+
+    Args:
+        languages: of the text, or of each part of its pairs (see `Config.languages`).
 
     Raises:
         UserError: the source holds no text.
@@ -130,4 +134,4 @@ def pack_source(run: TrainedRun, uri: str, seq_len: int) -> dict[str, np.ndarray
             rows["tokens"][row, place:end] = [tokenizer.cls_id, *ids, tokenizer.sep_id]
             rows["segment_ids"][row, place:end] = segment
             place = end
-    return rows | {"segment_ids": mark_parts(**rows)}
+    return rows | {"segment_ids": mark_languages(mark_parts(**rows), languages)}

@@ -13,6 +13,7 @@ from mlm_jax.config import Config, DataConfig, FiltersConfig, SourceConfig, Stag
 from mlm_jax.data import encode
 from mlm_jax.data import prepare as prepare_module
 from mlm_jax.data.prepare import prepare
+from mlm_jax.data.sources import Source
 from mlm_jax.errors import MachineError, UserError
 
 pytest.importorskip("apache_beam", reason="needs the extra beam")
@@ -126,3 +127,9 @@ def test_an_unknown_runner_is_refused(tmp_path: pathlib.Path) -> None:
     cfg = _config(tmp_path / "texts", _texts())
     with pytest.raises(UserError, match=r"--beam-options: .*NoSuchRunner"):
         prepare(cfg, tmp_path / "corpus", runner=BeamRunner(("--runner=NoSuchRunner",)))
+
+
+def test_a_source_of_one_piece_is_sampled_as_locally(tmp_path: pathlib.Path) -> None:
+    texts = _texts()
+    source = encode.remembering(Source("test", lambda: iter(texts), None, "test"), 10**6)
+    assert BeamRunner().sample(source, tmp_path, 5_000, 2**61) == encode.sample(source, 5_000, 2**61)

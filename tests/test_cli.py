@@ -290,6 +290,11 @@ MISTAKES = [
         ["train", "--config", SMOKE, "--workdir", "w", "--config.optimizer.learning_rat=1"],
         ["'optimizer.learning_rat'", "did you mean 'learning_rate'?"],
     ),
+    (
+        ["prepare", "--config", SMOKE, "--out", "c", "--beam-options=--runner=X"],
+        ["--beam-options=--runner=X", "--runner beam"],
+    ),
+    (["prepare", "--config", SMOKE, "--out", "c", "--runner=beam", "--workers=2"], ["--workers=2", "direct_num_workers=2"]),
     (["evaluate", "--workdir", "nowhere"], ["nowhere is not a run's workdir"]),
     (["evaluate", "--workdir", "w", "--config.seed=1"], ["takes no --config."]),
     (["fill-mask", "--workdir", "nowhere", "a [MASK]"], ["nowhere is not a run's workdir"]),

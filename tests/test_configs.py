@@ -26,7 +26,7 @@ from mlm_jax.train.optimizer import learning_rate
 CONFIGS = (pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py")
 RECIPES = sorted(path for path in CONFIGS if not path.stem.startswith("finetune_"))
 STEMS = [path.stem for path in RECIPES]
-VARIANTS = {"compare_mini": ("mlm", "whole_word", "span", "rtd", "diffusion", "hybrid"), "tlm_mini": ("tlm", "mlm")}
+VARIANTS = {"compare_mini": ("mlm", "whole_word", "span", "rtd", "diffusion", "hybrid"), "tlm_mini": ("tlm", "xlm", "mlm")}
 
 
 def names_of(stem: str) -> list[str]:
@@ -73,6 +73,7 @@ SIZES = {
     "biomed_mini": (5_462_272, [2_048]),
     "multilingual_mini": (7_567_616, [2_048]),
     "tlm_mini:tlm": (7_567_616, [2_048]),
+    "tlm_mini:xlm": (7_568_640, [2_048]),
     "tlm_mini:mlm": (7_567_616, [2_048]),
 }
 
@@ -134,7 +135,7 @@ def count_norm(model: config.ModelConfig, dim: int) -> int:
 def count_embeddings(model: config.ModelConfig) -> int:
     dim = model.table_dim or model.embed_dim
     positions = model.max_positions + model.position_offset if model.positions == "learned" else 0
-    tables = (model.vocab_size + positions + model.num_token_types) * dim
+    tables = (model.vocab_size + positions + model.num_token_types + len(model.languages)) * dim
     return tables + (count_norm(model, dim) if model.embedding_norm else 0)
 
 

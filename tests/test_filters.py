@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def test_language_is_told() -> None:
     assert filters.dropping_rule("ok", sure) == "languages"
     with pytest.raises(UserError, match="'xx' is none of the codes"):
         filters.check_languages(FiltersConfig(languages=("en", "xx")))
+
+
+@pytest.mark.parametrize(
+    ("package", "settings"), [("py3langid.langid", {"languages": ("en",)}), ("rensa", {"near_duplicates": 0.8})]
+)
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, package: str, settings: dict[str, object]) -> None:
+    filters._identifier.cache_clear()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"data.filters.{next(iter(settings))} needs the extra 'filters': pip install"):
+        selection.inspect([PROSE.encode()], FiltersConfig(**settings))  # type: ignore[arg-type]
 
 
 def _similar_texts(count: int, seed: int = 0) -> list[str]:

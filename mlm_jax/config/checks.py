@@ -8,6 +8,7 @@ from typing import Any
 from mlm_jax.config.conversion import nearest
 from mlm_jax.config.sections import TASKS, Config, DataConfig, MaskingConfig, StageConfig, TaskConfig
 from mlm_jax.errors import UserError
+from mlm_jax.segments import MOST_LANGUAGES
 
 # Fields by the range that each must lie in; `stages.` stands for every stage.
 _RANGES: dict[str, tuple[str, ...]] = {
@@ -163,6 +164,7 @@ def _check_mixture(cfg: Config) -> None:
             f"data.sources[{index}].name={name!r} names a folder: letters, digits, '.', '_' and '-' only",
         )
         _require(names.count(name) == 1, f"data.sources has the name {name!r} more than once: rename one of them")
+    _check_languages(cfg)
     _check_weights("data.sources[…].weight", names, [source.weight for source in data.sources])
     for index, stage in enumerate(cfg.stages):
         if stage.weights:
@@ -172,6 +174,24 @@ def _check_mixture(cfg: Config) -> None:
                 f"{where}={stage.weights} must have one weight for each of data.sources={names}",
             )
             _check_weights(where, names, stage.weights)
+
+
+def _check_languages(cfg: Config) -> None:
+    known = cfg.model.languages
+    _require(
+        len({*known}) == len(known) <= MOST_LANGUAGES and all(known) and not any("," in name for name in known),
+        f"model.languages={known} must be up to {MOST_LANGUAGES} different names without commas",
+    )
+    for index, source in enumerate(cfg.data.sources):
+        names = source.language.split(",") if source.language else []
+        where = f"data.sources[{index}].language={source.language!r}"
+        for name in names:
+            _require(name in known, f"{where} is not of model.languages={known}{nearest(name, known)}: add it there")
+        count = 2 if source.uri.startswith("pairs:") else 1
+        _require(
+            not names or len(names) == count,
+            f"{where} must name {count} for {source.uri}, the first part's first: {'en,de' if count == 2 else 'en'}",
+        )
 
 
 def _check_filters(data: DataConfig) -> None:

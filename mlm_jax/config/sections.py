@@ -10,6 +10,7 @@ class SourceConfig:
     name: str  # in logs, tables and folders: letters, digits, '.', '_' and '-'
     uri: str  # as data.source
     weight: float = 1.0  # its part of the training tokens, as `data.alpha` says; 0 leaves it out of training
+    language: str = ""  # one of model.languages; of pairs two, as "en,de"; empty: its text is shown without a language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ class ModelConfig:
     max_positions: int = 512
     position_offset: int = 0  # RoBERTa: 2, its tables start after the padding id
     num_token_types: int = 0  # BERT: 2; 0 leaves the table out
+    languages: tuple[str, ...] = ()  # each has an embedding that its text is shown with (XLM); none leaves the table out
     positions: str = "learned"  # learned (a table) | rope | alibi
     rope_base: float = 10_000.0  # of layers that see all of a segment; a stage may change it
     local_rope_base: float = 10_000.0  # of local layers
@@ -366,6 +368,10 @@ class Config:
         """The architecture of each network that the objective trains, by what stands before its fields in a message."""
         generator = {"the generator's ": self.rtd.generator(self.model)} if self.objective == "rtd" else {}
         return {"model.": self.model} | generator
+
+    def languages(self, language: str) -> tuple[int, ...]:
+        """The number of a `SourceConfig.language`, or of each of a pair's two: counted from 1; of no language, none."""
+        return tuple(self.model.languages.index(name) + 1 for name in language.split(",")) if language else ()
 
     def weights(self, stage: StageConfig) -> tuple[float, ...]:
         """Those of data.sources in a stage."""

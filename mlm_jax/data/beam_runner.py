@@ -31,7 +31,6 @@ from mlm_jax.errors import MachineError, UserError
 
 _log = logging.getLogger(__name__)
 
-Piece = Callable[[], Iterator[str]]
 Found = tuple[units.UnitSummary, encode.Totals]
 
 _LOCAL = "--runner=FnApiRunner"  # Beam's own for one machine, which "DirectRunner" may exchange for one that it downloads
@@ -57,7 +56,7 @@ class BeamRunner:
 
     def select(self, source: Source, cfg: FiltersConfig, folder: pathlib.Path) -> None:
         with self._pipeline("applying the filters") as pipeline:
-            read = _pieces(pipeline, source) | beam.FlatMap(_read).with_outputs("digests", main="texts")
+            read = _pieces(pipeline, source) | beam.FlatMap(_read, source.pieces).with_outputs("digests", main="texts")
             inspected = read.texts | beam.Reshuffle() | beam.Map(_inspect, cfg)
             alike = (
                 inspected
@@ -77,9 +76,9 @@ class BeamRunner:
     def find_limit(
         self, source: Source, building: pathlib.Path, max_words: int, *, deduplicate: bool, held_out_below: int
     ) -> str:
-        def taken(numbered: tuple[int, Piece]) -> limit.Taken:
+        def taken(number: int) -> limit.Taken:
             found = limit.Taken(max_words, deduplicate=deduplicate, held_out_below=held_out_below)
-            for document in numbered[1]():
+            for document in source.pieces[number]():
                 found.add(document)
             return found
 
@@ -96,9 +95,9 @@ class BeamRunner:
     def sample(
         self, source: Source, building: pathlib.Path, sample_bytes: int, held_out_below: int
     ) -> tuple[list[bytes], encode.Totals]:
-        def drawn(numbered: tuple[int, Piece]) -> tuple[encode.Sample, encode.Totals]:
+        def drawn(number: int) -> tuple[encode.Sample, encode.Totals]:
             found, counter = encode.Sample(sample_bytes, held_out_below), encode.Counter()
-            for document in numbered[1]():
+            for document in source.pieces[number]():
                 text = document.encode()
                 found.add(counter.add(text), text)
             return found, counter.totals()
@@ -133,7 +132,7 @@ class BeamRunner:
             with self._pipeline("tokenising and packing") as pipeline:
                 tokenised = (
                     _pieces(pipeline, source)
-                    | beam.FlatMap(lambda numbered: encode.grouped(numbered[1]()))
+                    | beam.FlatMap(lambda number: encode.grouped(source.pieces[number]()))
                     | "spread" >> beam.Reshuffle()
                     | beam.Map(_tokenise, str(tokenizer_directory))
                 )
@@ -190,8 +189,8 @@ def _told(error: Exception) -> Exception:
 
 
 def _pieces(pipeline: beam.Pipeline, source: Source) -> Any:
-    """The numbered pieces of a source, each read by one worker."""
-    return pipeline | beam.Create(list(enumerate(source.pieces))) | "pieces" >> beam.Reshuffle()
+    """The numbers of a source's pieces, each of which one worker reads."""
+    return pipeline | beam.Create(range(len(source.pieces))) | "pieces" >> beam.Reshuffle()
 
 
 def _summed(parts: Iterable[Any]) -> Any:
@@ -215,11 +214,10 @@ def _read_found(path: pathlib.Path) -> Found:
     return units.UnitSummary(**unit), encode.Totals(**totals)
 
 
-def _read(numbered: tuple[int, Piece]) -> Iterator[Any]:
+def _read(number: int, pieces: Sequence[Callable[[], Iterator[str]]]) -> Iterator[Any]:
     """A piece's texts, with its number and the place of the first; and, apart, how many it has and their hash."""
-    number, piece = numbered
     digest, first = selection.Digest(), 0
-    for texts in encode.grouped(digest.through(piece())):
+    for texts in encode.grouped(digest.through(pieces[number]())):
         yield number, first, texts
         first += len(texts)
     yield beam.pvalue.TaggedOutput("digests", (number, (digest.documents, digest.hexdigest())))

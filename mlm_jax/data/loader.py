@@ -18,6 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from mlm_jax.data.corpus import rows_directory
 from mlm_jax.data.pairs import mark_parts
 from mlm_jax.errors import MachineError, UserError
+from mlm_jax.segments import mark_languages
 
 # Threads read and decode whole steps ahead of the loop. Decoding shares one interpreter, so threads beyond a few help
 # only where the disk is slow; what they hold is bounded by the steps buffered.
@@ -28,13 +29,14 @@ _STEPS_AHEAD = 8
 class Rows:
     """The rows of one length and split, read in any order."""
 
-    def __init__(self, path: str | os.PathLike[str], seq_len: int, split: str = "train"):
+    def __init__(self, path: str | os.PathLike[str], seq_len: int, split: str = "train", languages: Sequence[int] = ()):
         """Opens the dataset without reading rows.
 
         Args:
             path: a prepared corpus.
             seq_len: one of its row lengths.
             split: "train" or "validation".
+            languages: of its text, or of each part of its pairs, as segment ids have them; none leaves them out.
 
         Raises:
             UserError: the corpus has no such rows.
@@ -46,6 +48,7 @@ class Rows:
         if split not in builder.info.splits:
             raise UserError(f"{path} has no {split} split: prepare it with data.validation_fraction above 0")
         self.seq_len = seq_len
+        self._languages = languages
         self._directory = directory
         self._dtypes = {name: feature.np_dtype for name, feature in builder.info.features.items()}
         self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -58,7 +61,7 @@ class Rows:
 
         Returns:
             tokens int32 [n, seq_len], padded with the tokenizer's padding id; segment_ids int32 [n, seq_len], 1, 2, …
-            for the segments of a row in order and 0 for padding; of pairs, with their parts (see `mlm_jax.segments`).
+            for the segments of a row in order and 0 for padding; with parts and languages (see `mlm_jax.segments`).
 
         Raises:
             MachineError: a file of the dataset is missing or damaged.
@@ -71,7 +74,8 @@ class Rows:
         except (RuntimeError, OSError) as error:
             raise MachineError(f"{self._directory} cannot be read: {error}; prepare the corpus again") from error
         tokens, lengths = (self._stacked(rows, name) for name in ("tokens", "segment_lengths"))
-        return {"tokens": tokens, "segment_ids": mark_parts(tokens, _segment_ids(lengths, self.seq_len))}
+        segment_ids = mark_parts(tokens, _segment_ids(lengths, self.seq_len))
+        return {"tokens": tokens, "segment_ids": mark_languages(segment_ids, self._languages)}
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:

@@ -102,7 +102,10 @@ def training_rows(corpus: Corpus, cfg: Config, stage: StageConfig) -> Rows | Mix
     """What a stage draws its examples from."""
     if not corpus.parts:
         return Rows(corpus.path, stage.seq_len)
-    rows = {name: Rows(part.path, stage.seq_len) for name, part in corpus.parts.items()}
+    rows = {
+        source.name: Rows(corpus.parts[source.name].path, stage.seq_len, languages=cfg.languages(source.language))
+        for source in cfg.data.sources
+    }
     return Mixture(rows, whole_parts(example_shares(corpus, cfg, stage)))
 
 

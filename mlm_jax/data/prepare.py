@@ -6,7 +6,6 @@ interruptions: documents are ordered, split and packed by the hashes of their te
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from mlm_jax.data.corpus import (
     rows_directory,
 )
 from mlm_jax.data.filters import check_languages
+from mlm_jax.data.manifest import describe, report
 from mlm_jax.data.runner import LocalRunner, Runner
 from mlm_jax.data.sources import Source, changed, open_source
 from mlm_jax.data.tokenizer import Tokenizer
@@ -176,14 +176,13 @@ def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, runner:
     for seq_len in row_format.seq_lens:
         shards.publish(summaries, row_format, seq_len, building, rows_directory(directory, seq_len))
     _write_unigrams(summaries, building, directory / UNIGRAMS)
-    manifest = _manifest(cfg, tokenizer, totals, blank, row_format, summaries)
-    if cfg.data.filters != FiltersConfig():
-        manifest["filters"] = selection.read_summary(decisions)
+    filtered = selection.read_summary(decisions)
+    manifest = describe(cfg, tokenizer, totals, blank, row_format, summaries) | ({"filters": filtered} if filtered else {})
     if 0 < cfg.data.max_words < manifest["words"]["train"]:
         raise changed(source.uri, building)
     with atomic.replacing(directory / _READY, building) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    _report(manifest)
+    report(manifest)
 
 
 def _open_filtered(cfg: Config, runner: Runner, decisions: pathlib.Path) -> Source:
@@ -307,62 +306,3 @@ def _write_unigrams(summaries: Sequence[shards.BucketSummary], building: pathlib
     counts = sum(np.load(building / f"unigrams-{bucket.name}.npy") for bucket in train)
     with atomic.replacing(path, building) as temporary, open(temporary, "wb") as file:
         np.save(file, counts)
-
-
-def _manifest(
-    cfg: Config,
-    tokenizer: Tokenizer,
-    totals: encode.Totals,
-    blank: int,
-    row_format: shards.RowFormat,
-    summaries: Sequence[shards.BucketSummary],
-) -> dict[str, Any]:
-    """Only what follows from the source and the configuration: no times, no paths."""
-    of_split: dict[str, list[shards.BucketSummary]] = {}
-    for summary in summaries:
-        of_split.setdefault(summary.bucket.split, []).append(summary)
-    documents = {split: sum(summary.documents for summary in group) for split, group in of_split.items()}
-    content = "".join(summary.content_hash for summary in summaries).encode()
-    return {
-        "format": FORMAT,
-        "identity": identity(cfg),
-        "source": {"uri": cfg.data.source, "documents": totals.documents, "text_bytes": totals.text_bytes},
-        "content_hash": hashlib.blake2b(content, digest_size=16).hexdigest(),
-        "documents": {**documents, "duplicates": sum(summary.duplicates for summary in summaries), "blank": blank},
-        "held_out_share": documents.get("validation", 0) / sum(documents.values()),
-        "words": {split: sum(summary.words for summary in group) for split, group in of_split.items()},
-        "tokens": {split: sum(summary.tokens for summary in group) for split, group in of_split.items()},
-        "rows": {
-            str(seq_len): {split: _row_counts(group, seq_len) for split, group in of_split.items()}
-            for seq_len in row_format.seq_lens
-        },
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        "unigrams": UNIGRAMS,
-    }
-
-
-def _row_counts(summaries: Sequence[shards.BucketSummary], seq_len: int) -> dict[str, int | float]:
-    counts = [summary.rows[seq_len] for summary in summaries]
-    rows, slots = sum(count.rows for count in counts), sum(count.slots for count in counts)
-    return {
-        "rows": rows,
-        "segments": sum(count.segments for count in counts),
-        "tokens_and_specials": slots,
-        "fill_rate": slots / (rows * seq_len),
-    }
-
-
-def _report(manifest: dict[str, Any]) -> None:
-    max_segments = manifest["identity"]["data"]["max_segments"]
-    for split, words in manifest["words"].items():
-        _log.info("%s: %s words, %s tokens", split, f"{words:,}", f"{manifest['tokens'][split]:,}")
-    for seq_len, splits in manifest["rows"].items():
-        counts = splits["train"]
-        _log.info("rows of %s: %d for training, fill rate %.1f%%", seq_len, counts["rows"], 100 * counts["fill_rate"])
-        if counts["fill_rate"] < 0.9 and counts["segments"] > 0.9 * max_segments * counts["rows"]:
-            _log.warning(
-                "rows of %s are %.0f%% padding, as no more than data.max_segments=%d documents may share one: raise it",
-                seq_len,
-                100 * (1 - counts["fill_rate"]),
-                max_segments,
-            )

@@ -6,6 +6,7 @@ from mlm_jax.interop.family import FIXED, HARMLESS, Family
 from mlm_jax.interop.modern_families import MODERNBERT, NEOBERT
 
 _LIKE_BERT = {
+    "languages": (),
     "positions": "learned",
     "gated_mlp": False,
     "biases": True,

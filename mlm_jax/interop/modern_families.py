@@ -110,6 +110,7 @@ MODERNBERT = Family(
     | {"initializer_cutoff_factor", "classifier_pooling", "deterministic_flash_attn", "sparse_prediction"}
     | {"sparse_pred_ignore_index", "reference_compile", "repad_logits_with_grad", "layer_norm_eps"},
     architecture={
+        "languages": (),
         "positions": "rope",
         "gated_mlp": True,
         "biases": False,
@@ -181,6 +182,7 @@ NEOBERT = Family(
     | {"auto_map", "dim_head", "kwargs", "trust_remote_code", "flash_attention", "tie_word_embeddings"}
     | {"embedding_init_range", "decoder_init_range", "classifier_init_range"},
     architecture={
+        "languages": (),
         "positions": "rope",
         "rope_base": 10_000.0,
         "activation": "silu",

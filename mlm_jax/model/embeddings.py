@@ -1,4 +1,4 @@
-"""Input embeddings: a token table and optional ones of positions and token types, then norm and dropout."""
+"""Input embeddings: a token table and optional ones of positions, token types and languages, then norm and dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,10 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
 
 
 class Embeddings(nnx.Module):
-    """Source: BERT section 3 (Devlin et al., 2019); RoBERTa's tables start after the padding id (fairseq)."""
+    """Source: BERT section 3 (Devlin et al., 2019); RoBERTa's tables start after the padding id (fairseq).
+
+    Language embeddings: XLM section 3 (Conneau and Lample, 2019). Text of no language is embedded without one.
+    """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         init, dim = weight_init(cfg), cfg.embedding_dim
@@ -34,6 +37,8 @@ class Embeddings(nnx.Module):
             self.positions_LD = parameter(rngs, init, (positions, dim), SHARDING.table)
         if cfg.num_token_types:
             self.token_types_TD = parameter(rngs, init, (cfg.num_token_types, dim), SHARDING.table)
+        if cfg.languages:
+            self.languages_GD = parameter(rngs, init, (len(cfg.languages), dim), SHARDING.table)
         if cfg.embedding_norm:
             self.norm = make_norm(cfg, dim, rngs=rngs)
         self.cfg = cfg
@@ -43,10 +48,11 @@ class Embeddings(nnx.Module):
         tokens_BL: jax.Array,
         positions_BL: jax.Array,
         token_types_BL: jax.Array | None,
+        languages_BL: jax.Array | None,
         key: jax.Array | None,
         dtype: jnp.dtype,
     ) -> jax.Array:
-        """Hidden states [B, L, D] in the compute dtype; token types default to 0."""
+        """Hidden states [B, L, D] in the compute dtype; token types default to 0. Languages count from 1; 0 is none."""
         with jax.named_scope("embedding"):
             hidden_BLD = lookup(self.tokens_VD[...], tokens_BL)
             if self.cfg.positions == "learned":
@@ -54,5 +60,8 @@ class Embeddings(nnx.Module):
             if self.cfg.num_token_types:
                 types_BL = jnp.zeros_like(tokens_BL) if token_types_BL is None else token_types_BL
                 hidden_BLD += lookup(self.token_types_TD[...], types_BL)
+            if languages_BL is not None:
+                with_none_GD = jnp.pad(self.languages_GD[...], ((1, 0), (0, 0)))
+                hidden_BLD += lookup(with_none_GD, languages_BL)
             hidden_BLD = hidden_BLD.astype(dtype)
             return dropout(self.norm(hidden_BLD) if self.cfg.embedding_norm else hidden_BLD, self.cfg.dropout, key)

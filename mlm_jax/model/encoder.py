@@ -21,7 +21,7 @@ from mlm_jax.model.layers import (
     weight_init,
 )
 from mlm_jax.model.stack import run_layers
-from mlm_jax.segments import attended
+from mlm_jax.segments import attended, languages
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather, is_stacked
 
 
@@ -181,9 +181,9 @@ class Encoder(nnx.Module):
         )
         keys = None if key is None else jax.random.split(key, cfg.num_layers + 1)
         positions_BL = segment_positions(segment_ids_BL)
-        hidden_BLD = self.embeddings(
-            tokens_BL, positions_BL, token_types_BL, None if keys is None else keys[-1], compute.dtype
-        )
+        languages_BL = languages(segment_ids_BL) if cfg.languages else None
+        embedding_key = None if keys is None else keys[-1]
+        hidden_BLD = self.embeddings(tokens_BL, positions_BL, token_types_BL, languages_BL, embedding_key, compute.dtype)
         if cfg.embedding_dim != cfg.embed_dim:
             hidden_BLD = dense(hidden_BLD, self.projection_ED[...], SHARDING.hidden_BLD)
             hidden_BLD = add_bias(hidden_BLD, self.projection_bias_D, (2,))

@@ -129,9 +129,10 @@ class Pretraining:
     def _freeze_validation(self, stage: StageConfig) -> dict[str, HeldOut]:
         parts = self.corpus.parts or {"": self.corpus}
         most = max(1, self.cfg.evaluation.max_rows // len(parts))
+        languages = {source.name: self.cfg.languages(source.language) for source in self.cfg.data.sources}
         frozen = {}
         for name, part in parts.items():
-            rows = Rows(part.path, stage.seq_len, "validation")
+            rows = Rows(part.path, stage.seq_len, "validation", languages.get(name, ()))
             read = rows.read(range(min(len(rows), most)))
             if self.here.peers.is_primary:
                 self.here.workdir.write_validation(stage.seq_len, read, name)

@@ -8,6 +8,7 @@ import shlex
 import sys
 from typing import Any
 
+from mlm_jax.config import Config
 from mlm_jax.errors import MachineError, UserError, fail, install, tell_any
 from mlm_jax.verbs.options import Result, Verbs, config_option, device_errors, workdir_option
 
@@ -138,6 +139,19 @@ def _declare_evaluate(parser: argparse.ArgumentParser) -> None:
         "--source", metavar="URI", help="other text than the run's held-out rows: files:…, tfds:…, builtin:…"
     )
     parser.add_argument("--seq-len", type=int, help="row length; default: the last stage's")
+    _language_option(parser)
+
+
+def _language_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--language", default="", help="of the text, one of model.languages (of pairs two: de,en)")
+
+
+def _language(options: argparse.Namespace, cfg: Config) -> str:
+    known = cfg.model.languages
+    for name in options.language.split(",") if options.language else ():
+        if name not in known:
+            raise UserError(f"--language={name} is none of model.languages={known}, which this run was trained with")
+    return str(options.language)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
@@ -152,10 +166,15 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
         seq_len = options.seq_len or cfg.stages[-1].seq_len
         if not 8 <= seq_len <= cfg.model.max_positions:
             raise UserError(f"--seq-len={seq_len} must lie between 8 and the model's {cfg.model.max_positions} positions")
+        languages = cfg.languages(_language(options, cfg))
+        if languages and not options.source:
+            raise UserError(f"--language={options.language} is of a --source; the run's own rows have theirs")
         names = ("",) if options.source else tuple(source.name for source in cfg.data.sources) or ("",)
         held_out = {
             name: HeldOut(
-                pack_source(run, options.source, seq_len) if options.source else run.workdir.read_validation(seq_len, name),
+                pack_source(run, options.source, seq_len, languages)
+                if options.source
+                else run.workdir.read_validation(seq_len, name),
                 jax.device_put(run.workdir.log_unigrams(cfg.model.vocab_size, name), jax.P()),
             )
             for name in names
@@ -189,6 +208,7 @@ def _declare_fill_mask(parser: argparse.ArgumentParser) -> None:
     workdir_option(parser)
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="with one or more [MASK]")
     parser.add_argument("--top-k", type=int, default=5, help="candidates per mask (default 5)")
+    _language_option(parser)
 
 
 def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
@@ -196,7 +216,9 @@ def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.inference import open_run
 
     with device_errors(), open_run(options.workdir) as run:
-        fills = Filler(run.objective, run.tokenizer)(run.params, options.texts, top_k=options.top_k)
+        fill = Filler(run.objective, run.tokenizer)
+        language = _language(options, run.cfg)
+        fills = fill(run.params, options.texts, top_k=options.top_k, language=language)
     for text, masks in zip(options.texts, fills, strict=True):
         print(text)
         for number, candidates in enumerate(masks, 1):
