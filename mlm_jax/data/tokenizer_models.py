@@ -5,7 +5,8 @@ The back ends of `data/tokenizer.py`, where the rules that both follow are.
 
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sentencepiece
@@ -93,6 +94,11 @@ class SentencePieceModel:
         """The piece without its marks."""
         return self.pieces[index].lstrip(SPACE)
 
+    def with_pieces(self, pieces: Iterable[tuple[str, float]]) -> bytes:
+        """The model file with further regular pieces, and their scores, behind those that are there."""
+        added = [_length_prefixed(1, _length_prefixed(1, text.encode()) + _score_field(score)) for text, score in pieces]
+        return self.blob + b"".join(added)
+
     def num_bytes(self, index: int) -> int:
         """The bytes of text that the piece stands for."""
         return 1 if self._model.is_byte(index) else _marked_bytes(self.pieces[index])
@@ -122,6 +128,10 @@ def _varint(value: int) -> bytes:
 
 def _length_prefixed(field: int, content: bytes) -> bytes:
     return bytes([field << 3 | 2]) + _varint(len(content)) + content
+
+
+def _score_field(score: float) -> bytes:
+    return bytes([2 << 3 | 5]) + struct.pack("<f", score)
 
 
 def _type_field(piece_type: int) -> bytes:

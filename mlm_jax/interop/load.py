@@ -90,7 +90,7 @@ def import_folder(
         objective = make_objective(cfg, Compute.resolve(cfg.compute), mask_id=tokenizer.mask_id)
         params = _read(objective, folder, second, fresh=fresh)
         write_run(Workdir(temporary), cfg, tokenizer, objective, params)
-        write_recipe(temporary / RECIPE, cfg, final, folder.path)
+        write_recipe(temporary / RECIPE, cfg, final, f"imported from {folder.path.name}")
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
         "workdir": str(final),
