@@ -37,7 +37,10 @@ class SentencePieceModel:
         silent_ids: ids that never stand for text, beside the special ones.
         lone_space_id: what a space becomes that is left alone before a mask; None where that does not happen.
         cut: matches, without width, where a long text can be cut and keeps its ids; None where there is no such place.
+        separators: how many SEPs stand between two texts.
     """
+
+    separators = 1
 
     def __init__(self, blob: bytes):
         model = _load_sentencepiece(blob)
@@ -195,6 +198,10 @@ class TokenizersModel:
         self.lone_space_id = None if in_pieces else self._tokenizer.token_to_id(space)
         if self._is_pieces:  # what its pattern matches may hold spaces
             self.cut = None
+        pair = self._tokenizer.encode("a", "a")
+        texts = [place for place, text in enumerate(pair.sequence_ids) if text is not None]
+        between = pair.ids[texts[0] + 1 : texts[-1]] if texts else []
+        self.separators = max(1, between.count(self.special["sep"]))  # RoBERTa's two
 
     def encode(self, text: str) -> list[int]:
         if self._prefix_space and not text.startswith(" "):

@@ -15,16 +15,22 @@ def _declare_import(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="draw what is not there: the head of a bare encoder, the generator of a detector",
     )
+    parser.set_defaults(config=None)  # of a fine-tuned network, --config.task.field=value says how predict reads its files
 
 
 def _import(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.interop.load import import_folder
 
-    result = import_folder(options.source, options.workdir, generator=options.generator, fresh=options.fresh)
+    result = import_folder(
+        options.source, options.workdir, generator=options.generator, fresh=options.fresh, overrides=overrides
+    )
     print(
         f"{result['workdir']}: {result['model_type']}, {result['parameters']:,} parameters, objective {result['objective']}"
     )
-    print(f"to continue its pre-training: mlm-jax train --config {result['recipe']} --workdir DIR")
+    if result["recipe"]:
+        print(f"to continue its pre-training: mlm-jax train --config {result['recipe']} --workdir DIR")
+    else:
+        print(f"for labels, tags or answers: mlm-jax predict --workdir {result['workdir']} --input FILE")
     return result
 
 
