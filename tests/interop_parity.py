@@ -99,12 +99,18 @@ class Differences(NamedTuple):
     packed: float
 
 
-def build(name: str, folder: pathlib.Path) -> torch.nn.Module:
-    """A random model of theirs, saved with a tokenizer of its kind."""
+def build(name: str, folder: pathlib.Path, ending: str = "", **fields) -> torch.nn.Module:
+    """A random model of theirs, saved with a tokenizer of its kind.
+
+    Args:
+        ending: of another class of its family.
+        fields: of its config.
+    """
     case = THEIRS[name]
+    kind = case.config.removesuffix("Config") + ending if ending else case.model
     shape = (SHAPE if "n_layers" not in case.fields else {"vocab_size": 400}) | {"max_position_embeddings": LENGTH}
-    shape |= case.fields
-    model = getattr(transformers, case.model)(getattr(transformers, case.config)(**shape)).eval()
+    shape |= case.fields | fields
+    model = getattr(transformers, kind)(getattr(transformers, case.config)(**shape)).eval()
     randomise(model, torch.Generator().manual_seed(0))
     model.save_pretrained(folder)
     build_tokenizer(case.tokenizer).save_pretrained(folder)

@@ -6,7 +6,7 @@ command line overrides any field with `--config.section.field=value`.
 
 from mlm_jax.config.checks import check
 from mlm_jax.config.conversion import FREE_ON_RESUME, differences, from_dict, to_dict
-from mlm_jax.config.loading import load_config
+from mlm_jax.config.loading import load_config, override
 from mlm_jax.config.sections import (
     TASKS,
     ComputeConfig,
@@ -54,5 +54,6 @@ __all__ = [
     "differences",
     "from_dict",
     "load_config",
+    "override",
     "to_dict",
 ]

@@ -429,6 +429,11 @@ def _check_task(cfg: Config) -> None:
         f"task.class_weights={weights} must be positive, one for each of task.labels={task.labels}, and objective="
         f"{kind!r} must be 'classification'",
     )
+    _require(
+        task.activation == "tanh" or (kind in ("classification", "regression") and task.pooling == "cls"),
+        f"task.activation={task.activation!r} is for the dense layer of classification and regression with "
+        f"task.pooling='cls', and objective={kind!r} with {task.pooling!r} has none: leave it out",
+    )
     buckets = task.buckets
     _require(
         buckets == tuple(sorted({*buckets})) and all(length >= 8 for length in buckets),
@@ -447,6 +452,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),
     "task.pooling": ("cls", "mean"),
+    "task.activation": ("tanh", "gelu_erf", "relu"),
     "rtd.embedding_sharing": ("tied", "disentangled"),
     "optimizer.name": ("adamw", "stable_adamw", "lamb"),
     "optimizer.schedule": _SCHEDULES,

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 
 from mlm_jax.config.checks import check
-from mlm_jax.config.conversion import describe, from_dict, nearest
+from mlm_jax.config.conversion import describe, from_dict, nearest, to_dict
 from mlm_jax.config.sections import TASKS, Config
 from mlm_jax.errors import UserError
 
@@ -38,6 +38,18 @@ def load_config(path: str, overrides: Iterable[str] = (), *, for_task: bool = Fa
         use = "pre-trains: mlm-jax train" if for_task else "fine-tunes: mlm-jax finetune"
         raise UserError(f"{path} is a recipe of objective={cfg.objective!r}, which {use}")
     return cfg
+
+
+def override(cfg: Config, overrides: Iterable[str]) -> Config:
+    """A config with `section.field=value` overrides; relations between fields are not checked.
+
+    Raises:
+        UserError: a field is unknown or of a wrong type.
+    """
+    raw = to_dict(cfg)
+    for each in overrides:
+        _apply_override(raw, each)
+    return from_dict(raw)
 
 
 def _run_recipe(path: str) -> dict[str, Any]:

@@ -220,6 +220,7 @@ class TaskConfig:
     labels: tuple[str, ...] = ()  # as their ids count them; empty: those found in train, sorted (tagging: without B- and I-)
     class_weights: tuple[float, ...] = ()  # of the loss, for classification, in the same order; empty: all 1
     pooling: str = "cls"  # cls (the first token, through a dense layer) | mean; for classification and regression
+    activation: str = "tanh"  # of that dense layer: tanh (BERT, RoBERTa) | gelu_erf (ELECTRA) | relu (DistilBERT)
     stride: int = 64  # tagging and answers: tokens between the beginnings of the windows that a long text is divided into
     max_answer_tokens: int = 30
     null_answers: bool = False  # SQuAD 2.0: a question may have no answer

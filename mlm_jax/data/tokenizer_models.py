@@ -5,7 +5,8 @@ The back ends of `data/tokenizer.py`, where the rules that both follow are.
 
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sentencepiece
@@ -36,7 +37,10 @@ class SentencePieceModel:
         silent_ids: ids that never stand for text, beside the special ones.
         lone_space_id: what a space becomes that is left alone before a mask; None where that does not happen.
         cut: matches, without width, where a long text can be cut and keeps its ids; None where there is no such place.
+        separators: how many SEPs stand between two texts.
     """
+
+    separators = 1
 
     def __init__(self, blob: bytes):
         model = _load_sentencepiece(blob)
@@ -93,6 +97,11 @@ class SentencePieceModel:
         """The piece without its marks."""
         return self.pieces[index].lstrip(SPACE)
 
+    def with_pieces(self, pieces: Iterable[tuple[str, float]]) -> bytes:
+        """The model file with further regular pieces, and their scores, behind those that are there."""
+        added = [_length_prefixed(1, _length_prefixed(1, text.encode()) + _score_field(score)) for text, score in pieces]
+        return self.blob + b"".join(added)
+
     def num_bytes(self, index: int) -> int:
         """The bytes of text that the piece stands for."""
         return 1 if self._model.is_byte(index) else _marked_bytes(self.pieces[index])
@@ -122,6 +131,10 @@ def _varint(value: int) -> bytes:
 
 def _length_prefixed(field: int, content: bytes) -> bytes:
     return bytes([field << 3 | 2]) + _varint(len(content)) + content
+
+
+def _score_field(score: float) -> bytes:
+    return bytes([2 << 3 | 5]) + struct.pack("<f", score)
 
 
 def _type_field(piece_type: int) -> bytes:
@@ -185,6 +198,10 @@ class TokenizersModel:
         self.lone_space_id = None if in_pieces else self._tokenizer.token_to_id(space)
         if self._is_pieces:  # what its pattern matches may hold spaces
             self.cut = None
+        pair = self._tokenizer.encode("a", "a")
+        texts = [place for place, text in enumerate(pair.sequence_ids) if text is not None]
+        between = pair.ids[texts[0] + 1 : texts[-1]] if texts else []
+        self.separators = max(1, between.count(self.special["sep"]))  # RoBERTa's two
 
     def encode(self, text: str) -> list[int]:
         if self._prefix_space and not text.startswith(" "):

@@ -75,14 +75,15 @@ class Texts:
         tokens, types, cut = [], [], 0
         for example in examples:
             parts = [self.tokenizer.encode(text) for text in (example.text, example.pair) if text is not None]
-            room = self.max_length - 1 - len(parts)
+            between = [self.tokenizer.sep_id] * self.tokenizer.model.separators
+            room = self.max_length - 2 - len(between) * (len(parts) - 1)
             cut += sum(map(len, parts)) > room
             first = parts[0][: _share(parts, room)]
-            row = np.asarray([self.tokenizer.cls_id, *first, self.tokenizer.sep_id], np.int32)
+            row = [self.tokenizer.cls_id, *first]
             for part in parts[1:]:
-                row = np.append(row, [*part[: room - len(first)], self.tokenizer.sep_id]).astype(np.int32)
-            tokens.append(row)
-            types.append((np.arange(len(row)) >= len(first) + 2).astype(np.int32))
+                row += [*between, *part[: room - len(first)]]
+            tokens.append(np.asarray([*row, self.tokenizer.sep_id], np.int32))
+            types.append((np.arange(len(row) + 1) >= len(first) + 1 + len(between)).astype(np.int32))
         if cut:
             logger.info("%d of %d examples are longer than %d tokens and were cut", cut, len(examples), self.max_length)
         targets = self._targets(examples, labels) if labelled else {}

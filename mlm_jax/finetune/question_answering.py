@@ -70,6 +70,7 @@ class Questions:
         contexts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         names = ("allowed", "token_types") if self.has_types else ("allowed",)
         table = Table([], np.empty(0), {name: [] for name in names})
+        between = [self.tokenizer.sep_id] * self.tokenizer.model.separators
         owners: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -79,15 +80,15 @@ class Questions:
             if example.context not in contexts:
                 contexts = {example.context: self.tokenizer.encode_with_offsets(example.context)}
             ids, spans = contexts[example.context]
-            question = self.tokenizer.encode(example.question)[: (self.max_length - 3) // 2]
+            question = self.tokenizer.encode(example.question)[: (self.max_length - 2 - len(between)) // 2]
             answer = _tokens_of(example.answers[0], spans) if labelled and example.answers else None
             lost += bool(labelled and example.answers) and answer is None
             lengths = np.ones(len(ids), np.int64)
-            cut = windows(lengths, self.max_length - 3 - len(question), self.task.stride)
-            before = len(question) + 2
+            before = 1 + len(question) + len(between)
+            cut = windows(lengths, self.max_length - 1 - before, self.task.stride)
             for (first, last), counted in zip(cut, counted_items(lengths, cut), strict=True):
                 row = np.concatenate(
-                    [[self.tokenizer.cls_id], question, [self.tokenizer.sep_id], ids[first:last], [self.tokenizer.sep_id]]
+                    [[self.tokenizer.cls_id], question, between, ids[first:last], [self.tokenizer.sep_id]]
                 ).astype(np.int32)
                 in_context = np.zeros(len(row), np.int32)
                 in_context[before : before + last - first] = 1

@@ -46,6 +46,11 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]] = _nothing_more
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Those for pre-training that are read."""
+        return (self.masked, self.detection) if self.detection else (self.masked,)
+
+    @property
     def known(self) -> set[str]:
         """The fields of a config.json that are understood."""
         return {"model_type", *self.fields, *self.defaults, *self.fixed, *self.harmless}

@@ -81,6 +81,20 @@ def fast_tokenizer(model: SentencePieceModel) -> tokenizers.Tokenizer:
     return fast
 
 
+def is_unigram(model: SentencePieceModel) -> bool:
+    """Whether a text is cut where the scores of its pieces have the largest sum; else it is BPE.
+
+    Raises:
+        UserError: it is neither.
+    """
+    return _parse(model.blob).kind == _UNIGRAM
+
+
+def scores(model: SentencePieceModel) -> list[float]:
+    """The score of each piece; 0 of those that have none."""
+    return [piece.score for piece in _parse(model.blob).pieces]
+
+
 def surround(cls: str, sep: str, fast: tokenizers.Tokenizer, *, second_type: int) -> processors.PostProcessor:
     """CLS before a text and SEP behind it, and behind a second text, whose tokens have `second_type`."""
     return processors.TemplateProcessing(

@@ -1,11 +1,10 @@
 """`mlm-jax import`: a Hugging Face folder becomes a workdir that every later verb reads."""
 
 import dataclasses
-import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,18 +21,16 @@ from mlm_jax.config import (
     TokenizerConfig,
     check,
 )
-from mlm_jax.config.conversion import nearest
 from mlm_jax.data.atomic import new_folder
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
-from mlm_jax.interop.families import FAMILIES
-from mlm_jax.interop.fields import family_of, read_model
+from mlm_jax.interop.folder import Folder, check_tensors, check_tokenizer, open_folder
+from mlm_jax.interop.load_task import read_task, task_config
 from mlm_jax.interop.recipe import RECIPE, write_recipe
-from mlm_jax.interop.tensors import NAMES, Layout, is_unused, layout, their_tensors, to_params
+from mlm_jax.interop.tensors import NAMES, Layout, layout, their_tensors, to_params
 from mlm_jax.interop.tokenizer_files import read_tokenizer
-from mlm_jax.interop.weights import Weights
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives import Objective, make_objective
+from mlm_jax.objectives import Objective, Trainable, make_objective, make_task
 from mlm_jax.sharding import make_mesh, place
 from mlm_jax.train.checkpoint import Checkpoints
 from mlm_jax.train.optimizer import make_optimizer
@@ -43,24 +40,13 @@ from mlm_jax.workdir import Workdir
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Folder:
-    """One network of a Hugging Face folder, its weights not yet read."""
-
-    path: pathlib.Path
-    model_type: str
-    network: str  # masked | detection
-    model: ModelConfig
-    weights: Weights
-    pad_id: int | None
-
-
 def import_folder(
     source: str | os.PathLike[str],
     workdir: str | os.PathLike[str],
     *,
     generator: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Reads a folder and writes a workdir, whole or not at all.
 
@@ -69,6 +55,7 @@ def import_folder(
         workdir: a new or empty folder.
         generator: for a detector of replaced tokens: the folder of the masked language model that it was trained with.
         fresh: draws at random what the folder lacks: the head of a bare encoder, the generator of a detector.
+        overrides: of a fine-tuned network, `task.field=value`: what config.json does not say of the files to predict.
 
     Raises:
         UserError: a folder that cannot be used; the message names the file, field or tensor.
@@ -77,68 +64,39 @@ def import_folder(
     for path in (source, workdir):
         if "://" in os.fspath(path):
             raise UserError(f"{path}: import works on local folders; copy it from or to its bucket")
-    folder = _open(pathlib.Path(source))
-    second = _open(pathlib.Path(generator)) if generator else None
+    folder = open_folder(pathlib.Path(source))
+    second = open_folder(pathlib.Path(generator)) if generator else None
     if second and (folder.network, second.network) != ("detection", "masked"):
         raise UserError("--generator is for a detector of replaced tokens, and is a masked language model itself")
     tokenizer = read_tokenizer(folder.path)
     for each in (folder, *([second] if second else [])):
-        _check_tokenizer(tokenizer, each)
+        check_tokenizer(tokenizer, each)
     final = pathlib.Path(workdir)
-    cfg = _config(folder, second, final.absolute() / "tokenizer" / tokenizer.file_name)
+    path = final.absolute() / "tokenizer" / tokenizer.file_name
+    cfg = task_config(folder, path, overrides) if folder.head else _config(folder, second, path)
+    if overrides and not folder.head:
+        raise UserError(f"--config.{overrides[0]} is for a fine-tuned network, and {folder.path} holds a pre-trained one")
     with new_folder(final) as temporary, jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
-        objective = make_objective(cfg, Compute.resolve(cfg.compute), mask_id=tokenizer.mask_id)
-        params = _read(objective, folder, second, fresh=fresh)
+        compute = Compute.resolve(cfg.compute)
+        if folder.head:
+            objective: Trainable = make_task(cfg, compute)
+            params = read_task(folder, cfg, jax.eval_shape(objective.init, jax.random.key(0)))
+        else:
+            objective = make_objective(cfg, compute, mask_id=tokenizer.mask_id)
+            params = _read(objective, folder, second, fresh=fresh)
+            write_recipe(temporary / RECIPE, cfg, final, f"imported from {folder.path.name}")
         write_run(Workdir(temporary), cfg, tokenizer, objective, params)
-        write_recipe(temporary / RECIPE, cfg, final, folder.path)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
         "workdir": str(final),
-        "recipe": str(final / RECIPE),
+        "recipe": "" if folder.head else str(final / RECIPE),
         "model_type": folder.model_type,
         "objective": cfg.objective,
         "parameters": count,
     }
 
 
-def _open(path: pathlib.Path) -> _Folder:
-    if not path.is_dir():
-        raise UserError(f"there is no folder {path}")
-    file = path / "config.json"
-    if not file.exists():
-        raise UserError(f"{path} has no config.json: it is no Hugging Face folder")
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} is not a dictionary")
-    model_type = family_of(raw)
-    weights = Weights(path)
-    detection = NAMES[model_type].detection_head.values()
-    network = "detection" if any(name in weights.shapes for name in detection) else "masked"
-    try:
-        model = read_model(raw, network)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    pad_id = model.position_offset - 1 if FAMILIES[model_type].positions_follow_padding else None
-    return _Folder(path, model_type, network, model, weights, pad_id)
-
-
-def _check_tokenizer(tokenizer: Tokenizer, folder: _Folder) -> None:
-    if tokenizer.vocab_size > folder.model.vocab_size:
-        raise UserError(
-            f"{folder.path}: the tokenizer has {tokenizer.vocab_size} ids and the model {folder.model.vocab_size}: they do "
-            "not belong together"
-        )
-    if folder.pad_id not in (None, tokenizer.pad_id):
-        raise UserError(
-            f"{folder.path}: config.json has pad_token_id={folder.pad_id}, and the tokenizer's is {tokenizer.pad_id}: they "
-            "do not belong together"
-        )
-
-
-def _config(folder: _Folder, second: _Folder | None, tokenizer: pathlib.Path) -> Config:
+def _config(folder: Folder, second: Folder | None, tokenizer: pathlib.Path) -> Config:
     """A config of the imported model, with defaults for all that a model does not say of its training."""
     model = folder.model
     cfg = Config(
@@ -155,7 +113,7 @@ def _config(folder: _Folder, second: _Folder | None, tokenizer: pathlib.Path) ->
     return cfg
 
 
-def _rtd(detector: _Folder, generator: _Folder) -> RtdConfig:
+def _rtd(detector: Folder, generator: Folder) -> RtdConfig:
     """What makes this generator of this detector's architecture, and whether they have the same tables.
 
     Raises:
@@ -180,7 +138,7 @@ def _rtd(detector: _Folder, generator: _Folder) -> RtdConfig:
     return rtd if tied else dataclasses.replace(rtd, embedding_sharing="disentangled")
 
 
-def _read(objective: Objective, folder: _Folder, second: _Folder | None, *, fresh: bool) -> Any:
+def _read(objective: Objective, folder: Folder, second: Folder | None, *, fresh: bool) -> Any:
     """The parameters of an objective, float32, in NumPy."""
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     drawn = jax.device_get(jax.jit(objective.init)(jax.random.key(0))) if fresh else None
@@ -210,7 +168,7 @@ def _read(objective: Objective, folder: _Folder, second: _Folder | None, *, fres
     return {"generator": masked, "discriminator": found}
 
 
-def _read_network(folder: _Folder, shapes: Any, drawn: Any) -> Any:
+def _read_network(folder: Folder, shapes: Any, drawn: Any) -> Any:
     """The parameters of one network, from the folder; its head, where the folder has none, from those drawn."""
     names, found, tied = _layout(folder), folder.weights.shapes, folder.model.tie_embeddings
     tensors = dict(names.tensors)
@@ -220,7 +178,7 @@ def _read_network(folder: _Folder, shapes: Any, drawn: Any) -> Any:
         tensors = {ours: other.get(theirs, theirs) for ours, theirs in tensors.items()}
     headless = not any(theirs in found for ours, theirs in tensors.items() if ours.startswith("head."))
     wanted = {"encoder": shapes["encoder"]} if headless else shapes
-    _check_tensors(folder, their_tensors(wanted, tensors), names.copies)
+    check_tensors(folder, their_tensors(wanted, tensors), names.copies)
     if headless and drawn is None:
         raise UserError(f"{folder.path} has an encoder and no head for pre-training: --fresh draws a new one")
     params = to_params(wanted, tensors, folder.weights.read)
@@ -232,7 +190,7 @@ def _read_network(folder: _Folder, shapes: Any, drawn: Any) -> Any:
     return params
 
 
-def _layout(folder: _Folder) -> Layout:
+def _layout(folder: Folder) -> Layout:
     """The names of a folder's tensors: those of a bare encoder have no prefix."""
     names, prefix = (
         layout(folder.model_type, folder.network, tied=folder.model.tie_embeddings),
@@ -243,27 +201,7 @@ def _layout(folder: _Folder) -> Layout:
     return dataclasses.replace(names, tensors={ours: name.removeprefix(prefix) for ours, name in names.tensors.items()})
 
 
-def _check_tensors(folder: _Folder, expected: Mapping[str, tuple[int, ...]], copies: Mapping[str, str]) -> None:
-    found = folder.weights.shapes
-    for name, shape in expected.items():
-        if name not in found:
-            raise UserError(f"{folder.path}: the tensor {name} is missing{nearest(name, found)}")
-        if found[name] != shape:
-            raise UserError(
-                f"{folder.path}: the tensor {name} is {list(found[name])}, and by config.json it is {list(shape)}"
-            )
-    others = [name for name in found if name not in expected and name not in copies]
-    unexpected = [name for name in others if not is_unused(folder.model_type, name)]
-    if unexpected:
-        raise UserError(
-            f"{folder.path}: the tensor {unexpected[0]} is unexpected in a {folder.model_type} of {folder.model.num_layers} "
-            "layers with a head for pre-training: it would be lost"
-        )
-    if others:
-        logger.info("left out, as pre-training does without: %s", ", ".join(sorted(others)))
-
-
-def _check_copies(folder: _Folder, copies: Mapping[str, str]) -> None:
+def _check_copies(folder: Folder, copies: Mapping[str, str]) -> None:
     weights = folder.weights
     for name, original in copies.items():
         present = name in weights.shapes and original in weights.shapes
@@ -274,7 +212,7 @@ def _check_copies(folder: _Folder, copies: Mapping[str, str]) -> None:
             )
 
 
-def write_run(workdir: Workdir, cfg: Config, tokenizer: Tokenizer, objective: Objective, params: Any) -> None:
+def write_run(workdir: Workdir, cfg: Config, tokenizer: Tokenizer, objective: Trainable, params: Any) -> None:
     """A run at step 0: with nothing known of the text, so that every token counts as equally frequent."""
     workdir.open_for_training(cfg)
     workdir.write_language(tokenizer, np.zeros(tokenizer.vocab_size, np.int64))

@@ -1,4 +1,4 @@
-"""A recipe beside an imported model, with which `mlm-jax train` continues its pre-training in another workdir."""
+"""A recipe beside a model, with which `mlm-jax train` goes on with its pre-training in another workdir."""
 
 import dataclasses
 import pathlib
@@ -8,12 +8,12 @@ from typing import Any
 from mlm_jax.config import Config
 
 RECIPE = "recipe.py"
-_TEXT = '''"""{name}, imported from {source}: continued pre-training.
+_TEXT = '''"""{name}, {origin}: continued pre-training.
 
 Command:
     mlm-jax train --config {recipe} --workdir runs/{name} \\
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
-The run begins with the imported parameters and trains with what is written or overridden here; what is left out has its
+The run begins with its parameters and trains with what is written or overridden here; what is left out has its
 default in `mlm_jax/config/sections.py`.
 """
 
@@ -28,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
 '''
 
 
-def write_recipe(file: pathlib.Path, cfg: Config, workdir: pathlib.Path, source: pathlib.Path) -> None:
-    """Writes the recipe of an imported model, whose workdir will be at `workdir`."""
+def write_recipe(file: pathlib.Path, cfg: Config, workdir: pathlib.Path, origin: str) -> None:
+    """Writes the recipe of a model whose workdir will be at `workdir`, and which is what `origin` says."""
     sections: dict[str, Any] = {
         "name": cfg.name,
         "objective": cfg.objective,
@@ -39,9 +39,11 @@ def write_recipe(file: pathlib.Path, cfg: Config, workdir: pathlib.Path, source:
         "optimizer": {"learning_rate": 1e-4, "warmup_steps": 100},
         "stages": [{"steps": 1000, "seq_len": cfg.stages[0].seq_len, "batch_size": 256}],
     }
-    if cfg.objective == "rtd":
-        sections["rtd"] = dataclasses.asdict(cfg.rtd)
+    for name in ("masking", "span_boundary", "rtd", "diffusion", "hybrid"):
+        section = getattr(cfg, name)
+        if section != type(section)() or name == cfg.objective:
+            sections[name] = dataclasses.asdict(section)
     literal = pprint.pformat(sections, indent=1, width=100, sort_dicts=False)
     indented = "\n".join(f"        {line}" for line in literal.splitlines())
-    text = _TEXT.format(name=cfg.name, source=source.name, recipe=workdir / file.name, literal=indented)
+    text = _TEXT.format(name=cfg.name, origin=origin, recipe=workdir / file.name, literal=indented)
     file.write_text(text, encoding="utf-8")

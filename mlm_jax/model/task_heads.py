@@ -5,23 +5,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax.config import ModelConfig
-from mlm_jax.model.layers import add_bias, dense, dropout, parameter, weight_init
+from mlm_jax.model.layers import ACTIVATIONS, add_bias, dense, dropout, parameter, weight_init
 from mlm_jax.sharding import SHARDING
 
 
 class TextHead(nnx.Module):
-    """One row of logits for a text: of its first token, through a dense layer and tanh, or of its tokens' mean.
+    """One row of logits for a text: of its first token, through a dense layer and an activation, or of its tokens' mean.
 
     Source: google-research/bert:modeling.py (the pooler) and run_classifier.py.
     """
 
-    def __init__(self, cfg: ModelConfig, outputs: int, pooling: str, *, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, outputs: int, pooling: str, activation: str, *, rngs: nnx.Rngs):
         if pooling == "cls":
             dim = cfg.embed_dim
             self.pooler_DD = parameter(rngs, weight_init(cfg), (dim, dim), SHARDING.transform_DD)
             self.pooler_bias_D = parameter(rngs, jax.nn.initializers.zeros, (dim,), SHARDING.vector)
         self.output = TokenHead(cfg, outputs, rngs=rngs)
-        self.pooling = pooling
+        self.pooling, self.activation = pooling, activation
 
     def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array, key: jax.Array | None) -> jax.Array:
         """Float32 logits [B, 1, C]."""
@@ -29,7 +29,8 @@ class TextHead(nnx.Module):
             if self.pooling == "mean":
                 return self.output(mean_of_tokens(hidden_BLD, segment_ids_BL), key)
             first_B1D = dense(hidden_BLD[:, :1], self.pooler_DD[...], SHARDING.hidden_BLD)
-            return self.output(jnp.tanh(add_bias(first_B1D, self.pooler_bias_D[...], (2,))), key)
+            activation = jnp.tanh if self.activation == "tanh" else ACTIVATIONS[self.activation]
+            return self.output(activation(add_bias(first_B1D, self.pooler_bias_D[...], (2,))), key)
 
 
 class TokenHead(nnx.Module):

@@ -40,7 +40,9 @@ class TaskModel(nnx.Module):
         self.encoder = Encoder(cfg.model, compute, rngs=rngs)
         self.reads_text = cfg.objective in ("classification", "regression")
         if self.reads_text:
-            self.head: TextHead | TokenHead = TextHead(cfg.model, num_outputs(cfg), cfg.task.pooling, rngs=rngs)
+            self.head: TextHead | TokenHead = TextHead(
+                cfg.model, num_outputs(cfg), cfg.task.pooling, cfg.task.activation, rngs=rngs
+            )
         else:
             self.head = TokenHead(cfg.model, num_outputs(cfg), rngs=rngs)
 

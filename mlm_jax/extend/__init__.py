@@ -1,0 +1,1 @@
+"""New words for a run that is trained or imported: `words` makes its tokenizer's pieces of them, `run` their parameters."""
