@@ -116,6 +116,26 @@ def test_a_mistake_is_told_as_locally(tmp_path: pathlib.Path) -> None:
         prepare(cfg, tmp_path / "corpus", runner=BeamRunner())
 
 
+def test_a_source_that_changed_before_all_was_packed_is_noticed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = _config(tmp_path / "texts", _texts())
+    tokenizer = prepare(cfg, tmp_path / "local", workers=1).path / "tokenizer"
+    pretrained = TokenizerConfig(algorithm="pretrained", path=str(tokenizer), vocab_size=420)
+    cfg = dataclasses.replace(cfg, tokenizer=pretrained)
+
+    def full(*arguments: object) -> None:
+        raise MachineError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beam_runner, "_pack", full)
+        with pytest.raises(MachineError, match=r"^the disk is full$"):
+            prepare(cfg, tmp_path / "beam", runner=BeamRunner())
+    _config(tmp_path / "texts", ["another text", *_texts()[1:]])
+    with pytest.raises(UserError, match="documents have changed"):
+        prepare(cfg, tmp_path / "beam", runner=BeamRunner())
+
+
 def test_documents_that_get_lost_are_noticed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = _config(tmp_path / "texts", _texts())
     monkeypatch.setattr(beam_runner, "_pack", lambda *arguments: None)

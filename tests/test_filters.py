@@ -16,6 +16,7 @@ from mlm_jax.data import encode, filters, near_duplicates, runner, selection, un
 from mlm_jax.data import prepare as prepare_module
 from mlm_jax.data.loader import Rows
 from mlm_jax.data.prepare import open_corpus, prepare
+from mlm_jax.data.sources import open_source
 from mlm_jax.errors import UserError
 
 PROSE = "The river rises in the hills and flows through three towns before it reaches the sea. "
@@ -160,7 +161,7 @@ def test_a_corpus_is_that_of_the_documents_that_are_kept(tmp_path: pathlib.Path)
     (tmp_path / "all").mkdir()
     (tmp_path / "kept").mkdir()
     cfg = _config(tmp_path / "all", _texts(), min_words=10, min_letters=0.5)
-    made = prepare(cfg, tmp_path / "filtered", workers=2)
+    made = prepare(cfg, tmp_path / "filtered", workers=1)
     kept = [text for text in _texts() if len(text.split()) >= 10 and not text[0].isdigit()]
     short = sum(len(text.split()) < 10 for text in _texts())
     assert made.manifest["filters"] == {"documents": 350, "dropped": {"min_words": short, "min_letters": 30}}
@@ -174,17 +175,21 @@ def test_a_corpus_is_that_of_the_documents_that_are_kept(tmp_path: pathlib.Path)
         open_corpus(made.path, _config(tmp_path / "all", _texts(), min_words=11, min_letters=0.5))
 
 
-def test_near_duplicates_leave_a_corpus(tmp_path: pathlib.Path) -> None:
+def test_near_duplicates_leave_a_source(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("rensa")
-    texts = _similar_texts(20)
-    cfg = _config(tmp_path, [*texts, *texts[:5]], near_duplicates=0.7)
-    made = prepare(cfg, tmp_path / "corpus", workers=1)
-    signatures = {units.rank(units.document_hash(t.encode())): near_duplicates.signature(t, cfg.data.filters) for t in texts}
+    texts = [*(distinct := _similar_texts(20)), *distinct[:5]]
+    cfg = _config(tmp_path, texts, near_duplicates=0.7)
+    ranks = {text: units.rank(units.document_hash(text.encode())) for text in texts}
+    signatures = {rank: near_duplicates.signature(text, cfg.data.filters) for text, rank in ranks.items()}
     left_out = near_duplicates.near_duplicates(signatures, cfg.data.filters)
-    copies = sum(units.rank(units.document_hash(t.encode())) in left_out for t in [*texts, *texts[:5]])
-    assert made.manifest["filters"]["dropped"] == {"near_duplicates": copies}
-    documents = made.manifest["documents"]
-    assert documents["train"] + documents["validation"] == len(texts) - len(left_out)
+    source = open_source(cfg.data.source)
+    runner.LocalRunner(1).select(source, cfg.data.filters, tmp_path)
+    kept = list(selection.selected(source, tmp_path).documents())
+    assert kept == [text for text in texts if ranks[text] not in left_out]
+    assert selection.read_summary(tmp_path) == {
+        "documents": len(texts),
+        "dropped": {"near_duplicates": len(texts) - len(kept)},
+    }
 
 
 def test_what_was_decided_outlives_an_interruption(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,8 +140,8 @@ class BeamRunner:
                     tokenised
                     | "found" >> beam.Map(lambda pair: pair[1])
                     | beam.CombineGlobally(_summed_each).without_defaults()
+                    | "write" >> beam.Map(_write_found, path, source.uri)
                 )
-                _ = found | "write" >> beam.Map(lambda pair: _write_json(path, [dataclasses.asdict(one) for one in pair]))
                 buckets = beam.pvalue.AsSingleton(found | "plan" >> beam.Map(lambda pair: plan([pair[0]])))
                 _ = (
                     tokenised
@@ -207,6 +207,14 @@ def _summed_each(parts: Iterable[Sequence[Any]]) -> Any:
 def _write_json(path: pathlib.Path, value: Any) -> None:
     with atomic.replacing(path) as temporary:
         temporary.write_text(json.dumps(value))
+
+
+def _write_found(found: Any, path: pathlib.Path, uri: str) -> Any:
+    """Writes what tokenising found, before anything is packed of it, and checks that an earlier run found the same."""
+    if path.exists() and _read_found(path) != found:
+        raise changed(uri, path.parent)
+    _write_json(path, [dataclasses.asdict(one) for one in found])
+    return found
 
 
 def _read_found(path: pathlib.Path) -> Found:
