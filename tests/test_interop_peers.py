@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra peers
 import interop_parity as parity  # noqa: E402
 import numpy as np  # noqa: E402
 import safetensors.numpy  # noqa: E402
-from interop_runs import TEXTS, config, our_logits, rows, small_tokenizer, write_random_run  # noqa: E402
+from interop_runs import MODERNBERT, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run  # noqa: E402
 
 from mlm_jax.fill_mask import Filler  # noqa: E402
 from mlm_jax.inference import open_run  # noqa: E402
@@ -166,11 +166,12 @@ def test_our_tokenizers_are_theirs_too(algorithm, num_token_types, tmp_path, cap
     assert padded.input_ids[1][-1] == ours.pad_id and padded.attention_mask[1][-1] == 0
 
 
-@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-def test_the_fill_mask_pipeline_gives_the_same(algorithm, tmp_path):
+@pytest.mark.parametrize(("algorithm", "family"), [("bpe", "bert"), ("unigram", "modernbert")])
+def test_the_fill_mask_pipeline_gives_the_same(algorithm, family, tmp_path):
     """The five best regular tokens, and their probabilities."""
-    write_random_run(tmp_path / "workdir", config(), small_tokenizer(algorithm))
-    export_run(tmp_path / "workdir", tmp_path / "out")
+    cfg = config(**MODERNBERT) if family == "modernbert" else config()
+    write_random_run(tmp_path / "workdir", cfg, small_tokenizer(algorithm))
+    assert export_run(tmp_path / "workdir", tmp_path / "out")["model_type"] == family
     pipeline = transformers.pipeline("fill-mask", model=str(tmp_path / "out"), top_k=40)
     for text in ("the [MASK] sat on the mat", "[MASK] dog ran", "a dog and a [MASK]"):
         with open_run(tmp_path / "workdir") as run:

@@ -17,6 +17,7 @@ from mlm_jax.errors import UserError
 from mlm_jax.inference import TrainedRun, open_run, read_params
 from mlm_jax.interop.families import FAMILIES
 from mlm_jax.interop.fields import choose_family, write_model
+from mlm_jax.interop.onnx_file import require_onnx, write_onnx
 from mlm_jax.interop.task_heads import task_fields, task_layout
 from mlm_jax.interop.tensors import layout, to_tensors
 from mlm_jax.interop.tokenizer_files import write_tokenizer
@@ -36,6 +37,7 @@ def export_run(
     *,
     network: str | None = None,
     model_type: str | None = None,
+    onnx: bool = False,
 ) -> dict[str, Any]:
     """Writes a folder, whole or not at all.
 
@@ -44,6 +46,7 @@ def export_run(
         out: a new or empty folder.
         network: of replaced-token detection: "discriminator" (default) or "generator".
         model_type: which of `FAMILIES`; by default the one that fits.
+        onnx: whether the folder gets a model.onnx too.
 
     Raises:
         UserError: the run, or its tokenizer, has no counterpart in `transformers`; `out` is not empty.
@@ -52,7 +55,7 @@ def export_run(
     if "://" in os.fspath(out):
         raise UserError(f"{out}: export writes a local folder; copy it to its bucket afterwards")
     if Workdir(workdir).read_config().objective in TASKS:
-        return export_task(workdir, out, network=network, model_type=model_type)
+        return export_task(workdir, out, network=network, model_type=model_type, onnx=onnx)
     with open_run(workdir) as run:
         head, model, params = _network(run, network)
         params = jax.device_get(params)
@@ -64,7 +67,7 @@ def export_run(
     if not model.tie_embeddings:
         tensors |= {copy: tensors[original] for copy, original in names.copies.items()}
     config = write_model(model, chosen, head, tokenizer.model.special)
-    result = _write(out, config, tensors, tokenizer, model)
+    result = _write(out, config, tensors, tokenizer, model, onnx=onnx)
     return result | {"model_type": chosen, "step": run.step, "note": _LEFT_BEHIND.get(run.cfg.objective, "")}
 
 
@@ -74,6 +77,7 @@ def export_task(
     *,
     network: str | None = None,
     model_type: str | None = None,
+    onnx: bool = False,
 ) -> dict[str, Any]:
     """`export_run` of a fine-tuned run: its best checkpoint, with the task's head and its labels.
 
@@ -91,7 +95,7 @@ def export_task(
         params = jax.device_get(params)
     model, params = _as_theirs(cfg.model, params, chosen, tokenizer.pad_id)
     config = write_model(model, chosen, "masked", tokenizer.model.special) | task_fields(cfg, chosen)
-    result = _write(out, config, to_tensors(params, names), tokenizer, model)
+    result = _write(out, config, to_tensors(params, names), tokenizer, model, onnx=onnx)
     return result | {"model_type": chosen, "step": step, "note": ""}
 
 
@@ -101,15 +105,23 @@ def _write(
     tensors: dict[str, np.ndarray],
     tokenizer: Tokenizer,
     model: ModelConfig,
+    *,
+    onnx: bool,
 ) -> dict[str, Any]:
+    if onnx:
+        require_onnx(config["model_type"])
+    difference = None
     with new_folder(pathlib.Path(out)) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = folder / "model.safetensors"
         save_file(tensors, weights, metadata={"format": "pt"})
         weights.chmod((folder / "config.json").stat().st_mode & 0o777)  # the package lets nobody else read it
         write_tokenizer(tokenizer, folder, max_length=model.max_positions, num_token_types=model.num_token_types)
+        if onnx:
+            difference = write_onnx(folder, config["architectures"][0], token_types=model.num_token_types > 1)
     parameters = sum(array.size for array in tensors.values())
-    return {"out": str(out), "class": config["architectures"][0], "parameters": parameters}
+    result = {"out": str(out), "class": config["architectures"][0], "parameters": parameters}
+    return result | ({} if difference is None else {"onnx_difference": difference})
 
 
 def _network(run: TrainedRun, wanted: str | None) -> tuple[str, ModelConfig, Any]:

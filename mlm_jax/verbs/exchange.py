@@ -39,13 +39,18 @@ def _declare_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new folder, as `transformers` loads it")
     parser.add_argument("--network", help="of replaced-token detection: discriminator (default) or generator")
     parser.add_argument("--model-type", metavar="NAME", help="bert, roberta, electra, …; default: what fits")
+    parser.add_argument("--onnx", action="store_true", help="write a model.onnx beside it (extra onnx)")
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.interop.save import export_run
 
-    result = export_run(options.workdir, options.out, network=options.network, model_type=options.model_type)
+    result = export_run(
+        options.workdir, options.out, network=options.network, model_type=options.model_type, onnx=options.onnx
+    )
     print(f"{result['out']}: {result['class']}, {result['parameters']:,} parameters of step {result['step']}")
+    if options.onnx:
+        print(f"{result['out']}/model.onnx: in onnxruntime {result['onnx_difference']:.1e} from PyTorch at most")
     if result["note"]:
         print(f"mlm-jax: {result['note']}", file=sys.stderr)
     return result
