@@ -10,7 +10,7 @@ import numpy as np
 
 from mlm_jax.data.tokenizer import Tokenizer
 from mlm_jax.errors import UserError
-from mlm_jax.objectives import Objective
+from mlm_jax.objectives import Objective, images_of
 from mlm_jax.segments import mark_languages
 from mlm_jax.sharding import ROWS, place, row_ways
 
@@ -28,11 +28,16 @@ class Filler:
         self._is_hidden_V = hidden
         self._begins_word_V = tokenizer.word_starts()
 
-    def __call__(self, params: Any, texts: Sequence[str], *, top_k: int, language: str = "") -> list[Fill]:
+    def __call__(
+        self, params: Any, texts: Sequence[str], *, top_k: int, language: str = "", image: np.ndarray | None = None
+    ) -> list[Fill]:
         """Candidates for every mask of every text, most probable first; special tokens are never among them.
 
         Probabilities are those of the model's whole vocabulary. The texts are shown to it as of `language`, where one is
         given.
+
+        Args:
+            image: what all the texts are beside, uint8 [pixels, pixels, 3], of an objective that reads images.
 
         Raises:
             UserError: a text holds no mask or is longer than the model's positions; `top_k` is out of range.
@@ -57,8 +62,9 @@ class Filler:
             positions[row, : len(masks[row])] = masks[row]
         segments = mark_languages(segments, self._objective.cfg.languages(language))
         arrays = place((tokens, segments, positions), jax.P(ROWS))
+        seen = {} if image is None else place({"images": np.stack([image] * count)}, jax.P(ROWS))
         hidden_V = place(self._is_hidden_V, jax.P())
-        probabilities, ids_BPK = jax.device_get(self._predict(params, hidden_V, *arrays, top_k=top_k))
+        probabilities, ids_BPK = jax.device_get(self._predict(params, hidden_V, *arrays, images_of(seen), top_k=top_k))
         return [
             [
                 [
@@ -92,10 +98,11 @@ class Filler:
             tokens_BL: jax.Array,
             segment_ids_BL: jax.Array,
             positions_BP: jax.Array,
+            seen: dict[str, jax.Array],
             *,
             top_k: int,
         ) -> tuple[jax.Array, jax.Array]:
-            logits_BPV = self._objective.logits(params, tokens_BL, segment_ids_BL, positions_BP)
+            logits_BPV = self._objective.logits(params, tokens_BL, segment_ids_BL, positions_BP, **seen)
             probabilities_BPV = jax.nn.softmax(jax.reshard(logits_BPV, jax.P(ROWS, None, None)), axis=-1)
             best = jax.lax.top_k(jnp.where(is_hidden_V[None, None], -1.0, probabilities_BPV), top_k)
             return jax.reshard(best, jax.P())  # every process reads all of it

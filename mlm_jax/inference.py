@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mlm_jax.config import TASKS, Config, ShardingConfig
+from mlm_jax.data import images
 from mlm_jax.data.packing import pack
 from mlm_jax.data.pairs import encode, mark_parts
 from mlm_jax.data.sources import open_source
@@ -100,22 +101,25 @@ def read_encoder(workdir: Workdir, compute: Compute) -> tuple[Any, int]:
 def pack_source(run: TrainedRun, uri: str, seq_len: int, languages: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """The first documents of a source as packed rows of the run's tokenizer: `tokens` and `segment_ids`, int32 [rows, L].
 
-    As many documents are read as fill `evaluation.max_rows` rows.
+    As many documents are read as fill `evaluation.max_rows` rows. Of a run that reads images, with `images` uint8.
 
     Args:
         languages: of the text, or of each part of its pairs (see `Config.languages`).
 
     Raises:
-        UserError: the source holds no text.
+        UserError: the source holds no text, or no images where they are read.
     """
-    tokenizer, limit = run.tokenizer, run.cfg.evaluation.max_rows
-    documents, total = [], 0
-    for text in open_source(uri).documents():
+    tokenizer, limit, source = run.tokenizer, run.cfg.evaluation.max_rows, open_source(uri)
+    read_image = images.decoder(run.cfg, source.images, uri)
+    documents, names, total = [], [], 0
+    for document in source.documents():
+        text, name = images.split(document)
         ids = encode(tokenizer, text)
         if len(ids):
             documents.append(ids)
+            names.append(name)
             total += len(ids) + 2
-        if total >= limit * seq_len:
+        if total >= limit * seq_len or (read_image is not None and len(documents) == limit):
             break
     if not documents:
         raise UserError(f"{uri} holds no text to evaluate on")
@@ -134,4 +138,8 @@ def pack_source(run: TrainedRun, uri: str, seq_len: int, languages: Sequence[int
             rows["tokens"][row, place:end] = [tokenizer.cls_id, *ids, tokenizer.sep_id]
             rows["segment_ids"][row, place:end] = segment
             place = end
-    return rows | {"segment_ids": mark_languages(mark_parts(**rows), languages)}
+    rows["segment_ids"] = mark_languages(mark_parts(**rows), languages)
+    if read_image is not None:  # a row has one text
+        of_rows = layout.documents[layout.row_bounds[:count]]
+        rows["images"] = np.stack([read_image(names[document]) for document in of_rows])
+    return rows

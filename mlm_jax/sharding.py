@@ -44,6 +44,7 @@ class Sharding:
     up_bias_F: jax.P = jax.P("tensor")
     down_FD: jax.P = jax.P("tensor", "fsdp")
     transform_DD: jax.P = jax.P("fsdp", None)
+    patch_CD: jax.P = jax.P(None, "fsdp")  # from and, turned round, to the C numbers of a patch, which need not divide
     output_bias_V: jax.P = jax.P("tensor")
 
 

@@ -124,11 +124,11 @@ class Workdir:
     def write_validation(self, seq_len: int, rows: dict[str, np.ndarray], source: str = "") -> None:
         """Freezes the held-out rows that this run is evaluated on, of one source where it is a mixture."""
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, tokens=rows["tokens"], segment_ids=rows["segment_ids"])
+        np.savez_compressed(buffer, allow_pickle=False, **rows)
         write_atomically(self._validation(seq_len, source), buffer.getvalue())
 
     def read_validation(self, seq_len: int, source: str = "") -> dict[str, np.ndarray]:
-        """`tokens` and `segment_ids`, int32 [rows, seq_len].
+        """`tokens` and `segment_ids`, int32 [rows, seq_len]; where texts have images, `images` uint8 [rows, side, side, 3].
 
         Raises:
             UserError: the run was never evaluated at this length.
@@ -137,7 +137,7 @@ class Workdir:
         if not file.exists():
             raise UserError(f"{self.path} has no held-out rows of length {seq_len}; give a --source to evaluate on")
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
-            return {name: arrays[name].astype(np.int32) for name in ("tokens", "segment_ids")}
+            return {name: array if name == "images" else array.astype(np.int32) for name, array in arrays.items()}
 
     def _validation(self, seq_len: int, source: str) -> epath.Path:
         return self.path / f"validation_seq{seq_len}{source and '_'}{source}.npz"

@@ -18,6 +18,7 @@ import time
 
 import jax
 import numpy as np
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMINGS = ("tokens_per_second", "mfu")
@@ -33,6 +34,12 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "rtd": ("compare_mini.py:rtd", "rtd.generator_size=0.5"),
     "diffusion": ("compare_mini.py:diffusion", "diffusion.scored_share=0.5"),
     "hybrid": ("compare_mini.py:hybrid", "hybrid.causal_share=0.25"),
+    "image_text": (
+        "emoji_mini.py",
+        "data.source=images:{pictures}/labels.jsonl",
+        "model.image_size=16",
+        "image_text.patch_mask_rate=0.5",
+    ),
 }
 NGRAMS = ("for example", "such as", "of the", "in the", "the following", "the same", "return value", "in order to")
 OVERRIDES = (
@@ -77,7 +84,11 @@ class Training:
         recipe, *own = OBJECTIVES[self.objective]
         ngrams = workdir.parent / "ngrams.txt"
         ngrams.write_text("\n".join(NGRAMS))
-        fields = (*OVERRIDES, f"data.source={self.source}", *(field.format(ngrams=ngrams) for field in own))
+        pictures = workdir.parent / "pictures"
+        if self.objective == "image_text" and not pictures.exists():
+            write_pictures(pictures)
+        own = [field.format(ngrams=ngrams, pictures=pictures) for field in own]
+        fields = (*OVERRIDES, f"data.source={self.source}", *own)
         return [
             *(sys.executable, "-m", "mlm_jax", "train", "--workers=1", "--config", str(ROOT / "configs" / recipe)),
             *("--workdir", str(workdir), *(f"--config.{field}" for field in fields)),
@@ -96,6 +107,18 @@ class Training:
         if status != 0:
             raise SystemExit(f"the run ended with status {status}:\n{workdir.with_suffix('.log').read_text()[-3000:]}")
         return time.monotonic() - began
+
+
+def write_pictures(folder: pathlib.Path) -> None:
+    """Pictures of one shade each, and texts that say how bright it is among other words."""
+    folder.mkdir()
+    rng, lines = random.Random(0), []
+    for number in range(600):
+        shade = 16 * rng.randrange(16)
+        Image.new("L", (20, 20), shade).save(folder / f"{number}.png")
+        words = (rng.choice(("ka", "lo", "mi", "ru")) + rng.choice(("nat", "ser", "tob", "vel")) for _ in range(4))
+        lines.append(json.dumps({"text": f"shade {shade} {' '.join(words)}", "image": f"{number}.png"}))
+    (folder / "labels.jsonl").write_text("\n".join(lines))
 
 
 def reached(workdir: pathlib.Path, moment: str) -> bool:

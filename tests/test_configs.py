@@ -72,6 +72,8 @@ SIZES = {
     "code_mini": (5_462_272, [2_048]),
     "biomed_mini": (5_462_272, [2_048]),
     "multilingual_mini": (7_567_616, [2_048]),
+    "emoji_mini": (604_034, [768]),
+    "vilt_base": (112_217_660, [163_840]),
     "tlm_mini:tlm": (7_567_616, [2_048]),
     "tlm_mini:xlm": (7_568_640, [2_048]),
     "tlm_mini:mlm": (7_567_616, [2_048]),
@@ -109,6 +111,8 @@ RATES = {
     "neobert": {1_000: 5e-5, 2_000: 1e-4, 451_000: 5.5e-5, 900_000: 1e-5, 1_050_000: 1e-5},
     "mosaicbert_base": {2_100: 2.5e-4, 4_200: 5e-4, 37_100: 2.55e-4, 70_000: 1e-5},
     "distilbert_base": {625: 3e-4, 1_250: 6e-4, 13_125: 3e-4, 25_000: 0.0},
+    "emoji_mini": {50: 1e-3, 100: 2e-3, 650: 1e-3, 1_200: 0.0},
+    "vilt_base": {1_250: 5e-5, 2_500: 1e-4, 101_250: 5e-5, 200_000: 0.0},
     "gpt_bert_small": {62: 7.05e-3, 124: 1.41e-2, 3_968: 1.41e-2 * 0.55, 7_812: 1.41e-3},
 }
 
@@ -124,7 +128,7 @@ def count_parameters(cfg: config.Config) -> int:
     if cfg.objective == "rtd":
         generator = cfg.rtd.generator(cfg.model)
         return count_layers(generator) + count_head(generator) + count_discriminator(cfg.model)
-    total = count_embeddings(cfg.model) + count_layers(cfg.model) + count_head(cfg.model)
+    total = count_embeddings(cfg.model) + count_layers(cfg.model) + count_head(cfg.model) + count_images(cfg)
     return total + count_boundary_head(cfg) if cfg.objective == "span" else total
 
 
@@ -165,6 +169,17 @@ def count_boundary_head(cfg: config.Config) -> int:
     dim, span = cfg.model.embed_dim, cfg.span_boundary
     inputs = 2 * dim + span.position_dim
     return span.max_targets * span.position_dim + inputs * dim + dim * dim + 2 * (dim + 2 * dim) + cfg.model.vocab_size
+
+
+def count_images(cfg: config.Config) -> int:
+    """Patches, their positions, a vector for each modality, and the head that says whether an image is the text's."""
+    model, dim = cfg.model, cfg.model.embed_dim
+    if not model.image_size:
+        return 0
+    side = model.image_size // model.patch_size
+    patches = (3 * model.patch_size**2 + 1 + side * side + 2) * dim + count_norm(model, dim)
+    assert cfg.image_text.match_weight and not cfg.image_text.patch_mask_rate
+    return patches + (dim + 1) * dim + (dim + 1) * 2
 
 
 def test_every_recipe_is_known_here():

@@ -11,7 +11,7 @@ import pytest
 from example_objective import MaskedLMWithZLoss
 from tiny_step import CFG, LENGTH, QUICK, make_rows, mesh_of, on_devices, tables_on, with_places
 
-from mlm_jax.config import TASKS, Config, HybridConfig, MaskingConfig, RtdConfig
+from mlm_jax.config import TASKS, Config, HybridConfig, ImageTextConfig, MaskingConfig, RtdConfig
 from mlm_jax.config.checks import _CHOICES
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import OBJECTIVES, Keys, make_objective
@@ -33,6 +33,12 @@ VARIANTS = {
     ),
     "diffusion": dataclasses.replace(CFG, objective="diffusion"),
     "hybrid": dataclasses.replace(CFG, objective="hybrid", hybrid=HybridConfig(causal_share=0.25)),
+    "image_text": dataclasses.replace(
+        CFG,
+        objective="image_text",
+        model=dataclasses.replace(CFG.model, image_size=12, patch_size=4),
+        image_text=ImageTextConfig(patch_mask_rate=0.5),
+    ),
 }
 EXAMPLE = "mlm_z"
 NEW = [name for name in VARIANTS if name != "mlm"]  # test_step.py and test_one_program.py are about `mlm`
@@ -59,6 +65,16 @@ def config(name: str) -> Config:
 def build(name: str):
     cfg = config(name)
     return make_objective(cfg, Compute.resolve(cfg.compute), mask_id=4)
+
+
+def rows_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows as the objective takes them."""
+    rows, side = make_rows(seed), config(name).model.image_size
+    if side:
+        images = np.random.default_rng(seed).integers(0, 256, (2, len(rows["tokens"]), side, side, 3), dtype=np.uint8)
+        matches = np.arange(len(rows["tokens"]), dtype=np.int32) % 4 != 1
+        rows |= {"images": images[0], "other_images": images[1], "matches": matches.astype(np.int32)}
+    return rows
 
 
 @functools.cache
@@ -92,7 +108,7 @@ def gradient(name: str, mesh_name: str, accumulation: int):
         params = jax.tree.map(
             lambda leaf, like: jax.device_put(leaf, jax.NamedSharding(mesh, like.sharding.spec)), weights(name), shapes
         )
-        arguments = params, on_devices(with_places(make_rows()), mesh), tables_on(mesh)
+        arguments = params, on_devices(with_places(rows_of(name)), mesh), tables_on(mesh)
         return jax.device_get(grad.lower(*arguments).compile(QUICK)(*arguments))
 
 
@@ -109,7 +125,7 @@ def test_the_example_of_the_readme_is_the_one_that_is_trained_here():
 def test_an_objective_gives_the_terms_that_it_declares(name, one):
     objective = build(name)
     params = jax.eval_shape(objective.init, jax.random.key(0))
-    batch, vocab, keys = on_devices(with_places(make_rows()), one), tables_on(one), Keys(jax.random.key(0), None)
+    batch, vocab, keys = on_devices(with_places(rows_of(name)), one), tables_on(one), Keys(jax.random.key(0), None)
     sums = jax.eval_shape(lambda p, *rest: objective.loss(p, *rest), params, batch, keys, vocab)
     # As sets: a pytree's dictionaries come back sorted.
     assert sums.losses.keys() == set(objective.loss_names) and sums.metrics.keys() == set(objective.metric_names)
@@ -129,7 +145,7 @@ def test_tables_may_have_a_width_of_their_own(name, one):
         dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, table_dim=24)), Compute.resolve(cfg.compute)
     )
     params = jax.eval_shape(objective.init, jax.random.key(0))
-    batch, vocab, keys = on_devices(with_places(make_rows()), one), tables_on(one), Keys(jax.random.key(0), None)
+    batch, vocab, keys = on_devices(with_places(rows_of(name)), one), tables_on(one), Keys(jax.random.key(0), None)
     sums = jax.eval_shape(lambda p, *rest: objective.loss(p, *rest), params, batch, keys, vocab)
     assert sums.losses.keys() == set(objective.loss_names)
 
@@ -152,6 +168,7 @@ class Training:
     """A run's step on one device, on rows that repeat; for as many steps as asked for."""
 
     def __init__(self, name: str):
+        self.name = name
         self.cfg, self.objective, self.traces = config(name), build(name), 0
         self.optimizer, schedule = make_optimizer(self.cfg), learning_rate(self.cfg)
 
@@ -172,7 +189,7 @@ class Training:
     def run(self, state, first: int, last: int, mesh):
         losses = []
         for step in range(first, last):
-            batch, vocab = on_devices(make_rows(seed=step % 2), mesh), tables_on(mesh)
+            batch, vocab = on_devices(rows_of(self.name, step % 2), mesh), tables_on(mesh)
             with jax.transfer_guard("disallow"):
                 state, metrics = self.step(state, batch, vocab)
             interval = jax.device_get(metrics["interval"])

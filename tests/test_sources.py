@@ -182,7 +182,7 @@ UNUSABLE = {
     "latin-1 gz": ("x.txt.gz", gzip.compress(b"one\ncaf\xe9\n"), "x.txt.gz, line 2: byte 0xe9 is not UTF-8"),
     "latin-1 jsonl": ("x.jsonl", _jsonl({"text": "a"}) + b'{"text": "caf\xe9"}\n', "x.jsonl, line 2: byte 0xe9"),
     "not json": ("x.jsonl", _jsonl({"text": "a"}, {"text": "b"}) + b"{text: c}\n", "x.jsonl, line 3: not JSON"),
-    "not an object": ("x.jsonl", b"[1, 2]\n", "x.jsonl, line 1: list instead of an object with a field 'text'"),
+    "not an object": ("x.jsonl", b"[1, 2]\n", "x.jsonl, line 1: list instead of an object with named fields"),
     "no field": (
         "x.jsonl",
         _jsonl({"text": "a"}, {"txt": "b", "id": 1}),

@@ -236,18 +236,31 @@ def _vocab(cfg: Config, corpus: Corpus | None) -> VocabTables:
 def _random_rows(cfg: Config, stage: StageConfig) -> dict[str, np.ndarray]:
     """A batch of full rows, each one segment: the same work as text, and no text needed."""
     shape = (stage.batch_size, stage.seq_len)
-    tokens = np.random.default_rng(cfg.seed).integers(SPECIAL_IDS, cfg.model.vocab_size, shape, dtype=np.int32)
-    return {
+    rng, side = np.random.default_rng(cfg.seed), cfg.model.image_size
+    tokens = rng.integers(SPECIAL_IDS, cfg.model.vocab_size, shape, dtype=np.int32)
+    rows = {
         "tokens": tokens,
         "segment_ids": np.ones(shape, np.int32),
         "example_ids": np.arange(stage.batch_size, dtype=np.int32),
         "epochs": np.zeros(stage.batch_size, np.int32),
     }
+    if side:
+        rows["images"] = rng.integers(0, 256, (stage.batch_size, side, side, 3), dtype=np.uint8)
+        rows["matches"] = np.ones(stage.batch_size, np.int32)
+    return rows
 
 
 def _loader(cfg: Config, stage: StageConfig, corpus: Corpus, num_steps: int) -> Iterator[dict[str, np.ndarray]]:
     rows = training_rows(corpus, cfg, stage)
-    return batches(rows, batch_size=stage.batch_size, start_step=0, num_steps=num_steps, first_position=0, seed=cfg.seed)
+    return batches(
+        rows,
+        batch_size=stage.batch_size,
+        start_step=0,
+        num_steps=num_steps,
+        first_position=0,
+        seed=cfg.seed,
+        exchanged=cfg.image_text.exchanged,
+    )
 
 
 def _corpus_rows(cfg: Config, stage: StageConfig, corpus: Corpus) -> dict[str, np.ndarray]:

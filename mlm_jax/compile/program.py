@@ -77,7 +77,7 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
         objective = make_objective(cfg, compute, stage_index)
         optimizer = make_optimizer(cfg)
         state = abstract_state(cfg, objective, optimizer)
-        batch, vocab = abstract_batch(stage), abstract_vocab(cfg.model.vocab_size)
+        batch, vocab = abstract_batch(cfg, stage), abstract_vocab(cfg.model.vocab_size)
         step: Any = make_train_step(cfg, stage, objective, optimizer, learning_rate(cfg))
         began = time.perf_counter()
         try:
@@ -100,7 +100,7 @@ def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device
 
 def attention_of(cfg: Config, stage_index: int, compute: Compute) -> str:
     """The implementation of attention that a stage takes."""
-    length = cfg.stages[stage_index].seq_len
+    length = cfg.stages[stage_index].seq_len + cfg.model.num_patches
     return choose_implementation(compute.attention, cfg.model, length, compute.platform, compute.dtype)
 
 
@@ -125,11 +125,14 @@ def _struct(shape: tuple[int, ...], dtype: Any, spec: jax.P) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def abstract_batch(stage: StageConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(cfg: Config, stage: StageConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch of the stage."""
-    rows = (stage.batch_size,)
+    rows, side = (stage.batch_size,), cfg.model.image_size
     shapes = {"tokens": (*rows, stage.seq_len), "segment_ids": (*rows, stage.seq_len), "example_ids": rows, "epochs": rows}
-    return {name: _struct(shape, np.int32, jax.P(ROWS)) for name, shape in shapes.items()}
+    if side:
+        shapes |= {"matches": rows, "images": (*rows, side, side, 3)}
+    dtypes = {name: np.uint8 if name == "images" else np.int32 for name in shapes}
+    return {name: _struct(shape, dtypes[name], jax.P(ROWS)) for name, shape in shapes.items()}
 
 
 def abstract_vocab(vocab_size: int, special_ids: int = 5) -> VocabTables:

@@ -22,6 +22,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "model.num_heads",
         "model.mlp_dim",
         "model.max_positions",
+        "model.patch_size",
         "model.norm_eps",
         "model.init_std",
         "model.rope_base",
@@ -54,6 +55,9 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "model.num_token_types",
         "model.table_dim",
         "model.local_window",
+        "model.image_size",
+        "image_text.match_weight",
+        "image_text.patch_weight",
         "rtd.generator_weight",
         "rtd.discriminator_weight",
         "optimizer.warmup_steps",
@@ -87,10 +91,18 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "optimizer.ema_decay",
         "stages.mask_rate",
         "masking.rate_spread",
+        "image_text.patch_mask_rate",
         "task.warmup",
         "task.dropout",
     ),
-    "in (0, 1)": ("masking.rate", "masking.span_p", "evaluation.mask_rate", "diffusion.min_rate", "task.dev_fraction"),
+    "in (0, 1)": (
+        "masking.rate",
+        "masking.span_p",
+        "evaluation.mask_rate",
+        "diffusion.min_rate",
+        "image_text.exchange_rate",
+        "task.dev_fraction",
+    ),
     "in (0, 1]": ("rtd.generator_size", "rtd.generator_layers", "diffusion.scored_share", "optimizer.layer_decay"),
     "in [0, 1]": (
         "masking.mask_prob",
@@ -148,6 +160,7 @@ def check(cfg: Config) -> None:
         _check_diffusion(cfg)
     if cfg.objective == "hybrid":
         _check_hybrid(cfg)
+    _check_images(cfg)
     _check_task(cfg)
 
 
@@ -402,6 +415,39 @@ def _check_hybrid(cfg: Config) -> None:
             )
 
 
+def _check_images(cfg: Config) -> None:
+    model, objective = cfg.model, cfg.objective
+    if not model.image_size:
+        _require(
+            objective != "image_text",
+            "objective='image_text' reads an image with each text, and model.image_size=0: set it to a side in pixels",
+        )
+        return
+    _require(
+        objective in ("image_text", *TASKS),
+        f"model.image_size={model.image_size} is for objective='image_text', and this is objective={objective!r}",
+    )
+    _require(
+        model.image_size % model.patch_size == 0,
+        f"model.image_size={model.image_size} is no multiple of model.patch_size={model.patch_size}: an image is cut into "
+        f"whole patches, as one of {-(-model.image_size // model.patch_size) * model.patch_size} would be",
+    )
+    _require(
+        model.positions == "learned" and model.local_window == 0,
+        f"model.image_size={model.image_size} with model.positions={model.positions!r} and model.local_window="
+        f"{model.local_window}: patches have learned positions and see all of the text: use 'learned' and 0",
+    )
+    _require(
+        objective != "image_text" or cfg.data.max_segments == 1,
+        f"data.max_segments={cfg.data.max_segments}, and a row that has an image has one text: set it to 1",
+    )
+    rate = cfg.image_text.patch_mask_rate
+    _require(
+        rate == 0 or 1 <= round(rate * model.num_patches) < model.num_patches,
+        f"image_text.patch_mask_rate={rate} hides none or all of an image's {model.num_patches} patches",
+    )
+
+
 def _check_task(cfg: Config) -> None:
     task, kind = cfg.task, cfg.objective
     if kind not in TASKS:
@@ -443,8 +489,9 @@ def _check_task(cfg: Config) -> None:
 
 _SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "one_minus_sqrt", "wsd")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("mlm", "span", "rtd", "diffusion", "hybrid", *TASKS),
+    "objective": ("mlm", "span", "rtd", "diffusion", "hybrid", "image_text", *TASKS),
     "tokenizer.algorithm": ("unigram", "bpe", "characters", "regex", "code", "pretrained"),
+    "data.image_resize": ("pad", "crop", "stretch"),
     "model.activation": ("gelu_tanh", "gelu_erf", "relu", "silu"),
     "model.positions": ("learned", "rope", "alibi"),
     "model.norm": ("layer", "rms"),

@@ -53,6 +53,7 @@ class DataConfig:
     max_segments: int = 16  # documents (or parts of one) that may share a row
     max_words: int = 0  # the training split, or each source's, takes no more documents than have so many words; 0: all
     filters: FiltersConfig = FiltersConfig()  # of documents, before anything else sees them
+    image_resize: str = "pad"  # pad (with white) | crop (the middle) | stretch: how an image becomes a square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,12 @@ class ModelConfig:
     init_truncated: bool = True  # BERT: truncated normal; Hugging Face and RoBERTa: plain normal
     init_scaled: bool = False  # Megatron and ModernBERT: kernels onto the residual stream at init_std / √(2 · num_layers)
     tie_embeddings: bool = True
+    image_size: int = 0  # pixels of a side of the image beside each text (ViLT); 0: text alone
+    patch_size: int = 16  # of a side of the squares that it is cut into, each a token of the encoder
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def head_dim(self) -> int:
@@ -195,6 +202,21 @@ class HybridConfig:
     """For objective = hybrid, which masks some rows and reads the others from left to right."""
 
     causal_share: float = 0.0625  # of a batch's rows; 1 is plain causal language modelling
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTextConfig:
+    """For objective = image_text: what is learned beside masked text."""
+
+    match_weight: float = 1.0  # of telling a text's own image from another's; 0: no text is shown another's
+    exchange_rate: float = 0.5  # share of the examples that are; their masked text counts for nothing
+    patch_mask_rate: float = 0.0  # share of an image's patches that are hidden and predicted (MAE: 0.75)
+    patch_weight: float = 1.0  # of that prediction
+
+    @property
+    def exchanged(self) -> float:
+        """The share of the examples that are shown another's image."""
+        return self.exchange_rate if self.match_weight else 0.0
 
 
 # The objectives of fine-tuning, and what each is measured by.
@@ -328,7 +350,7 @@ class Config:
 
     name: str
     seed: int = 0
-    objective: str = "mlm"  # mlm | span | rtd | diffusion | hybrid, or one of TASKS
+    objective: str = "mlm"  # mlm | span | rtd | diffusion | hybrid | image_text, or one of TASKS
     init_from: str = ""  # a workdir whose newest parameters the run begins with, as `import` writes one; empty: random ones
     reference_topology: str = ""  # where the recipe is known to fit, as `compile` names it: v5e:4x4; empty for a CPU
     data: DataConfig = DataConfig()
@@ -339,6 +361,7 @@ class Config:
     rtd: RtdConfig = RtdConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     hybrid: HybridConfig = HybridConfig()
+    image_text: ImageTextConfig = ImageTextConfig()
     task: TaskConfig = TaskConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)

@@ -50,6 +50,10 @@ def identity(cfg: config.Config) -> dict[str, Any]:
     data = sections["data"]
     del data["alpha"]
     data |= {f"filters.{name}": value for name, value in data.pop("filters").items()}
+    if cfg.model.image_size:
+        data["image_size"] = cfg.model.image_size
+    else:
+        del data["image_resize"]
     if data["sources"]:
         data["sources"] = {source["name"]: source["uri"] for source in data["sources"]}
     else:
@@ -116,6 +120,7 @@ def check_identity(directory: pathlib.Path, made: Mapping[str, Any], wanted: Map
     is older than a field was made with its default.
     """
     older = identity(config.Config(name=""))
+    older["data"]["image_size"] = 0
     differing = [
         (f"{section}.{field}", was, now)
         for section in ("data", "tokenizer")

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from mlm_jax.config import Config, TokenizerConfig
-from mlm_jax.data import atomic, pairs, pool, progress, units
+from mlm_jax.data import atomic, images, pairs, pool, progress, units
 from mlm_jax.data.corpus import check_vocabulary
 from mlm_jax.data.sources import Source, changed
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -179,7 +179,8 @@ def make_tokenizer(
 
 def train(cfg: TokenizerConfig, texts: Sequence[bytes], directory: str) -> None:
     """Trains a tokenizer and saves it. Runs in a worker process, which gives its memory back and can be stopped."""
-    train_tokenizer(cfg, (text.decode().replace(pairs.MARK, "\n") for text in texts)).save(directory)
+    documents = (images.split(text.decode())[0] for text in texts)
+    train_tokenizer(cfg, (document.replace(pairs.MARK, "\n") for document in documents)).save(directory)
 
 
 def encode(

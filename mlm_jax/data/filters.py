@@ -10,7 +10,7 @@ from typing import Any
 
 from mlm_jax.config import FiltersConfig
 from mlm_jax.config.conversion import nearest
-from mlm_jax.data import pairs
+from mlm_jax.data import images, pairs
 from mlm_jax.data.words import split_words
 from mlm_jax.errors import UserError, install
 
@@ -94,7 +94,7 @@ def dropping_rule(text: str, cfg: FiltersConfig) -> str:
 
     The two sentences of a pair count as two lines.
     """
-    text = text.replace(pairs.MARK, "\n")
+    text = images.split(text)[0].replace(pairs.MARK, "\n")
     shape = _Shape(text)
     for rule, measure in _LIMITED.items():
         limit = getattr(cfg, rule)

@@ -3,11 +3,12 @@
 `prepare` does it before anything else reads the source, so the tokenizer and the held-out split come from what is left.
 """
 
+import dataclasses
 import functools
 import heapq
 from collections.abc import Callable, Iterator
 
-from mlm_jax.data import progress, units
+from mlm_jax.data import images, progress, units
 from mlm_jax.data.sources import Source, in_parts
 from mlm_jax.data.words import count_words
 from mlm_jax.errors import UserError
@@ -29,7 +30,7 @@ class Taken:
         document_hash = units.document_hash(document.encode())
         rank = units.rank(document_hash)
         if int.from_bytes(document_hash[:8]) >= self._held_out_below and self._may_take(rank):
-            self._take(rank, count_words(document))
+            self._take(rank, count_words(images.split(document)[0]))
 
     def __add__(self, other: "Taken") -> "Taken":
         both = Taken(self._most, deduplicate=self._deduplicate, held_out_below=self._held_out_below)
@@ -82,7 +83,7 @@ def limited(source: Source, first_left: str) -> Source:
     """The documents of a source that rank above the one that `find_limit` returned, of both splits."""
 
     parts = tuple(functools.partial(_above, part, first_left) for part in source.pieces)
-    return in_parts(source.uri, parts, None, source.description)
+    return dataclasses.replace(in_parts(source.uri, parts, None, source.description), images=source.images)
 
 
 def _above(documents: Callable[[], Iterator[str]], first_left: str) -> Iterator[str]:

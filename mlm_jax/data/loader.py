@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mlm_jax.data.corpus import rows_directory
+from mlm_jax.data.images import draw_others
 from mlm_jax.data.pairs import mark_parts
 from mlm_jax.errors import MachineError, UserError
 from mlm_jax.segments import mark_languages
@@ -51,6 +52,7 @@ class Rows:
         self._languages = languages
         self._directory = directory
         self._dtypes = {name: feature.np_dtype for name, feature in builder.info.features.items()}
+        self._shapes = {name: feature.shape for name, feature in builder.info.features.items()}
         self._source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
     def __len__(self) -> int:
@@ -61,7 +63,8 @@ class Rows:
 
         Returns:
             tokens int32 [n, seq_len], padded with the tokenizer's padding id; segment_ids int32 [n, seq_len], 1, 2, …
-            for the segments of a row in order and 0 for padding; with parts and languages (see `mlm_jax.segments`).
+            for the segments of a row in order and 0 for padding; with parts and languages (see `mlm_jax.segments`). Where
+            texts have images, images uint8 [n, pixels, pixels, 3].
 
         Raises:
             MachineError: a file of the dataset is missing or damaged.
@@ -73,9 +76,10 @@ class Rows:
             rows = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
         except (RuntimeError, OSError) as error:
             raise MachineError(f"{self._directory} cannot be read: {error}; prepare the corpus again") from error
-        tokens, lengths = (self._stacked(rows, name) for name in ("tokens", "segment_lengths"))
+        tokens, lengths = (self._stacked(rows, name).astype(np.int32) for name in ("tokens", "segment_lengths"))
         segment_ids = mark_parts(tokens, _segment_ids(lengths, self.seq_len))
-        return {"tokens": tokens, "segment_ids": mark_languages(segment_ids, self._languages)}
+        read = {"tokens": tokens, "segment_ids": mark_languages(segment_ids, self._languages)}
+        return read | ({"images": self._stacked(rows, "images")} if "images" in self._shapes else {})
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
@@ -96,7 +100,7 @@ class Rows:
 
     def _stacked(self, rows: Sequence[Any], name: str) -> np.ndarray:
         content = b"".join([row[name].bytes_list.value[0] for row in rows])
-        return np.frombuffer(content, self._dtypes[name]).reshape(len(rows), -1).astype(np.int32)
+        return np.frombuffer(content, self._dtypes[name]).reshape(len(rows), *self._shapes[name])
 
 
 def _segment_ids(lengths: np.ndarray, seq_len: int) -> np.ndarray:
@@ -140,6 +144,9 @@ def row_index(position: int | np.ndarray, num_rows: int, seed: int | str) -> tup
 class Examples(Protocol):
     """What batches are made of: the rows of one source (`Rows`) or of a mixture (`data.mixture.Mixture`)."""
 
+    def __len__(self) -> int:
+        """How many there are, whose ids begin at 0."""
+
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Of a mixture, the ids, from … up to, of each source's examples."""
@@ -171,6 +178,7 @@ def batches(
     first_position: Any,
     seed: int,
     local_rows: Sequence[int] | None = None,
+    exchanged: float = 0.0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start_step … start_step + num_steps - 1, read ahead by threads.
 
@@ -186,17 +194,26 @@ def batches(
             0.
         seed: of the run.
         local_rows: which examples of each global batch this process feeds, all when None.
+        exchanged: the share of the examples with images that are given another's.
 
     Returns:
         An iterator of dictionaries: tokens and segment_ids as `Rows.read` gives them, example_ids int32 [b] (the row's
-        number, over all sources) and epochs int32 [b], with b = len(local_rows).
+        number, over all sources) and epochs int32 [b], with b = len(local_rows). Where texts have images, images too, and
+        matches int32 [b], 0 where the image is another's.
     """
     offsets = np.arange(batch_size) if local_rows is None else np.asarray(local_rows, np.int64)
     assert ((offsets >= 0) & (offsets < batch_size)).all(), f"local rows {offsets} of a batch of {batch_size}"
 
     def read(step: int) -> dict[str, np.ndarray]:
         example_ids, epochs = rows.visit(first_position, step * batch_size, batch_size, offsets, seed)
-        return {**rows.read(example_ids), "example_ids": example_ids, "epochs": epochs}
+        batch = {**rows.read(example_ids), "example_ids": example_ids, "epochs": epochs}
+        if "images" in batch:
+            is_other, others = draw_others(example_ids, epochs, len(rows), exchanged, seed)
+            batch["matches"] = (~is_other).astype(np.int32)
+            if is_other.any():
+                batch["images"] = batch["images"].copy()
+                batch["images"][is_other] = rows.read(others[is_other])["images"]
+        return batch
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_STEPS_AHEAD)

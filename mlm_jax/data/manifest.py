@@ -64,7 +64,7 @@ def report(manifest: dict[str, Any]) -> None:
     for seq_len, splits in manifest["rows"].items():
         counts = splits["train"]
         _log.info("rows of %s: %d for training, fill rate %.1f%%", seq_len, counts["rows"], 100 * counts["fill_rate"])
-        if counts["fill_rate"] < 0.9 and counts["segments"] > 0.9 * max_segments * counts["rows"]:
+        if max_segments > 1 and counts["fill_rate"] < 0.9 and counts["segments"] > 0.9 * max_segments * counts["rows"]:
             _log.warning(
                 "rows of %s are %.0f%% padding, as no more than data.max_segments=%d documents may share one: raise it",
                 seq_len,

@@ -33,6 +33,9 @@ class Mixture:
     rows: Mapping[str, Rows]
     parts: np.ndarray
 
+    def __len__(self) -> int:
+        return sum(map(len, self.rows.values()))
+
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
         """The ids, from … up to, of each source's examples."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from mlm_jax.config import FiltersConfig
-from mlm_jax.data import pairs
+from mlm_jax.data import images, pairs
 from mlm_jax.data.words import split_words
 from mlm_jax.errors import UserError, install
 
@@ -27,7 +27,7 @@ def signature(text: str, cfg: FiltersConfig) -> np.ndarray:
         from rensa import RMinHash  # an optional extra
     except ImportError:
         raise UserError(f"data.filters.near_duplicates needs the extra 'filters': {install('filters')}") from None
-    words = split_words(text.replace(pairs.MARK, "\n").lower())
+    words = split_words(images.split(text)[0].replace(pairs.MARK, "\n").lower())
     minhash = RMinHash(num_perm=cfg.minhashes, seed=0)
     count = max(1, len(words) - cfg.ngram_words + 1)
     minhash.update([" ".join(words[start : start + cfg.ngram_words]) for start in range(count)])

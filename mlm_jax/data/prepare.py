@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlm_jax.config import Config, FiltersConfig
-from mlm_jax.data import atomic, encode, limit, pool, selection, shards, units
+from mlm_jax.data import atomic, encode, images, limit, pool, selection, shards, units
 from mlm_jax.data.corpus import (
     FORMAT,
     MANIFEST,
@@ -46,6 +46,7 @@ _log = logging.getLogger(__name__)
 LARGEST_BUCKET_TOKENS = 32_000_000
 SMALLEST_BUCKET_TOKENS = 1_000_000
 BUCKETS_FOR_PARALLELISM = 16
+BYTES_FOR_A_TOKEN = 64  # of images, which a bucket counts as so many tokens: the largest shard has 2 GB of them
 
 REMEMBERED_BYTES = 32 * 2**20  # of text: a source up to this size is read once, not twice
 
@@ -146,6 +147,7 @@ def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, runner:
     decisions = mixture.decisions if mixture else building / _DECISIONS
     source = _open_filtered(cfg, runner, decisions)
     _log.info("preparing %s from %s with %s", directory, source.description, runner)
+    read_image = images.decoder(cfg, source.images, source.uri)
     if cfg.data.max_words:
         source = _limited(cfg, source, building, runner)
     totals_path = building / "totals.json"
@@ -170,6 +172,7 @@ def _build(cfg: Config, directory: pathlib.Path, building: pathlib.Path, runner:
         pad_id=tokenizer.pad_id,
         cls_id=tokenizer.cls_id,
         sep_id=tokenizer.sep_id,
+        read_image=read_image,
     )
     plan = functools.partial(_plan, cfg)
     summaries, blank, totals = runner.pack(source, building, directory / TOKENIZER, row_format, plan, expected)
@@ -277,7 +280,8 @@ def _plan(cfg: Config, found: Sequence[units.UnitSummary]) -> list[shards.Bucket
     boundary = max(_held_out_below(cfg), smallest + 1) if fraction else 0
     if largest < max(boundary, smallest):
         raise _too_few_documents(cfg)
-    tokens = sum(unit.tokens for unit in found)
+    image_bytes = 3 * cfg.model.image_size**2 * sum(unit.documents for unit in found)
+    tokens = sum(unit.tokens for unit in found) + image_bytes // BYTES_FOR_A_TOKEN
     buckets = []
     for split, lower, upper, share in (
         ("validation", 0, boundary, fraction),

@@ -4,24 +4,54 @@ Readers for the `files:` source beside those of `data/text_files.py`, by the sam
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from mlm_jax.data.text_files import MAX_DOCUMENT_BYTES, lines
+from mlm_jax.data.text_files import MAX_DOCUMENT_BYTES, json_objects, kind, lines
 from mlm_jax.errors import UserError
 
 
 def read_csv(path: str, field: str) -> Iterator[str]:
     """A column of a comma-separated file with quotes; see `_column`."""
-    rows = csv.reader(line + "\n" for _, line in lines(path))
-    try:
-        yield from _column(path, rows, field)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}; is this a comma-separated file?") from None
+    yield from _column(path, _csv_rows(path), field)
 
 
 def read_tsv(path: str, field: str) -> Iterator[str]:
     """A column of a tab-separated file, in which quotes are text; see `_column`."""
-    yield from _column(path, (line.split("\t") for _, line in lines(path) if line), field)
+    yield from _column(path, _tsv_rows(path), field)
+
+
+def records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each record of a .jsonl, .csv or .tsv file, whose first row names the fields, and where it is, for messages.
+
+    Raises:
+        UserError: the file is of another kind, or a row has fewer columns than the first.
+    """
+    if kind(path) == ".jsonl":
+        for where, _, record in json_objects(path):
+            yield where, record
+        return
+    if kind(path) not in (".csv", ".tsv"):
+        raise UserError(f"{path} is none of .jsonl, .csv, .tsv (each also .gz)")
+    rows = _csv_rows(path) if kind(path) == ".csv" else _tsv_rows(path)
+    head = next(rows, [])
+    for number, row in enumerate(rows, start=1):
+        if row and len(row) < len(head):
+            raise UserError(f"{path}, record {number}: {len(row)} column(s), and the first line names {len(head)}")
+        if row:
+            yield f"{path}, record {number}", dict(zip(head, row, strict=False))
+
+
+def _csv_rows(path: str) -> Iterator[list[str]]:
+    rows = csv.reader(line + "\n" for _, line in lines(path))
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}; is this a comma-separated file?") from None
+
+
+def _tsv_rows(path: str) -> Iterator[list[str]]:
+    return (line.split("\t") for _, line in lines(path) if line)
 
 
 def _column(path: str, rows: Iterator[list[str]], field: str) -> Iterator[str]:

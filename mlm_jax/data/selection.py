@@ -123,7 +123,8 @@ def selected(source: Source, folder: pathlib.Path) -> Source:
     parts = tuple(
         functools.partial(_kept, piece, _part_path(folder, number), source.uri) for number, piece in enumerate(source.pieces)
     )
-    return in_parts(source.uri, parts, source.size_bytes, source.description)
+    kept = in_parts(source.uri, parts, source.size_bytes, source.description)
+    return dataclasses.replace(kept, images=source.images)
 
 
 def _kept(piece: Callable[[], Iterator[str]], path: pathlib.Path, uri: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mlm_jax.data import atomic, packing, units
+from mlm_jax.data import atomic, images, packing, units
 from mlm_jax.errors import MachineError
 
 DATASET_NAME = "packed_rows"
@@ -31,12 +31,17 @@ class RowFormat:
     pad_id: int
     cls_id: int
     sep_id: int
+    read_image: images.Decoder | None = None  # where rows have images
 
     def features(self, seq_len: int) -> tfds.features.FeaturesDict:
         """Fixed-size raw bytes: two a token where the vocabulary allows, and decoded by one numpy call."""
         tokens = tfds.features.Tensor(shape=(seq_len,), dtype=units.smallest_dtype(self.vocab_size), encoding="bytes")
         lengths = tfds.features.Tensor(shape=(self.max_segments,), dtype=units.smallest_dtype(seq_len + 1), encoding="bytes")
-        return tfds.features.FeaturesDict({"tokens": tokens, "segment_lengths": lengths})
+        features = {"tokens": tokens, "segment_lengths": lengths}
+        if self.read_image is not None:
+            shape = (self.read_image.size, self.read_image.size, 3)
+            features["images"] = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="bytes")
+        return tfds.features.FeaturesDict(features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,7 @@ def pack_bucket(
     A bucket that an interrupted run has finished is read back instead.
 
     Raises:
+        UserError: an image cannot be read.
         MachineError: a file cannot be read or written.
     """
     finished = _summary_path(bucket, building)
@@ -183,7 +189,10 @@ def _rows(
             tokens[end] = row_format.sep_id
             segment_lengths[segment] = end + 1 - position
             position = end + 1
-        yield {"tokens": tokens, "segment_lengths": segment_lengths}
+        found = {"tokens": tokens, "segment_lengths": segment_lengths}
+        if row_format.read_image is not None:  # a row has one text
+            found["images"] = row_format.read_image(documents.images[layout.documents[bounds[row]]].decode())
+        yield found
 
 
 def _shuffled(count: int, seed: str) -> np.ndarray:

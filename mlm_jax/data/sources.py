@@ -15,8 +15,10 @@ import sysconfig
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from mlm_jax.data import files, pairs, text_files
+from mlm_jax.data import files, images, pairs, text_files
+from mlm_jax.data.images import Images
 from mlm_jax.errors import MachineError, UserError, install
 
 MOST_PARTS = 1024  # of a source of files
@@ -39,6 +41,7 @@ class Source:
         size_bytes: estimated bytes of uncompressed input, for progress and sampling only; None where it is unknown.
         description: a few words for logs.
         parts: the same documents in pieces, in order, that can be read apart; empty where there is one only.
+        images: where the images are that documents name (see `mlm_jax.data.images`); None where they name none.
     """
 
     uri: str
@@ -46,6 +49,7 @@ class Source:
     size_bytes: int | None
     description: str
     parts: tuple[Callable[[], Iterator[str]], ...] = ()
+    images: Images | None = None
 
     @property
     def pieces(self) -> tuple[Callable[[], Iterator[str]], ...]:
@@ -87,7 +91,8 @@ def open_source(uri: str) -> Source:
         uri: `builtin:python_docs`; `files:GLOB?field=text&documents=file|blank_line|line&format=txt`;
             `tfds:NAME/CONFIG:VERSION#SPLIT?field=text&data_dir=…`;
             `hf:NAME#SPLIT?field=text&config=…&revision=…`; `pairs:GLOB?columns=1,2` (tab-separated) or
-            `pairs:GLOB?with=GLOB` (two files, line by line).
+            `pairs:GLOB?with=GLOB` (two files, line by line); `images:GLOB?field=text&image=image&tar=GLOB`, and `tfds:` with
+            `image=`: texts with an image each.
 
     Raises:
         UserError: an unknown scheme or option, a glob that matches nothing, a missing field, no text at all.
@@ -229,11 +234,15 @@ def _records_text(records: Iterator[Mapping[str, object]], field: str, uri: str)
 
 
 def _open_tfds(uri: str, body: str) -> Source:
-    name, split, options = _split_dataset(uri, body, ("field", "data_dir"))
+    name, split, options = _split_dataset(uri, body, ("field", "image", "data_dir"))
     field = options.pop("field", "text")
+    description = f"split {split} of TFDS {name}"
+    if "image" in options:
+        found = _TfdsImages(uri, name, split, options["image"], options.get("data_dir"))
+        return Source(uri, functools.partial(found.documents, field.split(",")), None, description, images=found)
     documents = functools.partial(_tfds_documents, uri, name, split, field, options.get("data_dir"))
     parts = tuple(functools.partial(documents, part, _TFDS_PARTS) for part in range(_TFDS_PARTS))
-    return Source(uri, documents, None, f"split {split} of TFDS {name}", parts)
+    return Source(uri, documents, None, description, parts)
 
 
 def _tfds_documents(
@@ -243,22 +252,72 @@ def _tfds_documents(
     return _records_text(_tfds_records(uri, name, split, data_dir, part, parts), field, where)
 
 
-def _tfds_records(
-    uri: str, name: str, split: str, data_dir: str | None, part: int = 0, parts: int = 1
-) -> Iterator[Mapping[str, object]]:
+def _tfds_source(uri: str, name: str, split: str, data_dir: str | None, undecoded: str = "") -> Any:
+    """The examples by their numbers; `undecoded` names an image that stays the content of its file."""
     import tensorflow_datasets as tfds  # seconds that other sources need not pay
 
     refusals = (tfds.core.DatasetNotFoundError, ValueError, AssertionError, NotImplementedError, ImportError)
     try:
-        rows = tfds.data_source(name, split=split, data_dir=data_dir)
+        found = tfds.data_source(name, split=split, data_dir=data_dir)
     except refusals as error:
         reason = str(error).partition("\n")[0]  # a list of every dataset may follow
         raise UserError(f"{uri}: TFDS cannot serve this: {reason}") from error
     except OSError as error:
         raise MachineError(f"{uri}: {error}") from error
+    if not undecoded:
+        return found
+    features = found.dataset_info.features
+    if undecoded not in features or not isinstance(features[undecoded], tfds.features.Image):
+        names = ", ".join(map(repr, features))
+        raise UserError(f"{uri}: no image {undecoded!r}; there are {names} (?image=NAME chooses)")
+    return tfds.data_source(name, split=split, data_dir=data_dir, decoders={undecoded: tfds.decode.SkipDecoding()})
+
+
+def _tfds_records(
+    uri: str, name: str, split: str, data_dir: str | None, part: int = 0, parts: int = 1, undecoded: str = ""
+) -> Iterator[Mapping[str, object]]:
+    rows = _tfds_source(uri, name, split, data_dir, undecoded)
     begin, end = (len(rows) * bound // parts for bound in (part, part + 1))
     batches = (range(start, min(start + _TFDS_ROWS, end)) for start in range(begin, end, _TFDS_ROWS))
     yield from (record for batch in batches for record in rows.__getitems__(list(batch)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsImages:
+    """The images of a TFDS dataset, whose names are the numbers of their examples in the split."""
+
+    uri: str
+    dataset: str
+    split: str
+    field: str
+    data_dir: str | None
+
+    def documents(self, fields: Sequence[str]) -> Iterator[str]:
+        records = _tfds_records(self.uri, self.dataset, self.split, self.data_dir, undecoded=self.field)
+        for number, record in enumerate(records):
+            for text in images.texts_of(record, fields, self.place(str(number))):
+                yield images.join(text, str(number))
+
+    def read(self, name: str) -> bytes:
+        return _tfds_source_once(self.uri, self.dataset, self.split, self.data_dir, self.field)[int(name)][self.field]
+
+    def place(self, name: str) -> str:
+        return f"{self.uri}, example {name}"
+
+
+_tfds_source_once = functools.cache(_tfds_source)  # in a process
+
+
+def _open_images(uri: str, body: str) -> Source:
+    pattern, options = _split_options(uri, body, ("field", "image", "tar"))
+    paths = _matched(uri, pattern)
+    folder = images.Folder(images.common_folder(paths))
+    found = images.Tars(_matched(uri, options["tar"])) if "tar" in options else folder
+    fields = options.get("field", "text").split(",")
+    documents = functools.partial(images.read_documents, paths, fields, options.get("image", "image"), found)
+    size = sum(text_files.uncompressed_bytes(path) for path in paths)
+    description = f"texts with images from {len(paths)} file{'s' * (len(paths) > 1)} ({pattern})"
+    return Source(uri, documents, size, description, images=found)
 
 
 def _open_hf(uri: str, body: str) -> Source:
@@ -314,4 +373,5 @@ _SCHEMES: dict[str, Callable[[str, str], Source]] = {
     "tfds": _open_tfds,
     "hf": _open_hf,
     "pairs": _open_pairs,
+    "images": _open_images,
 }

@@ -58,15 +58,19 @@ def uncompressed_bytes(path: str) -> int:
         return max(stored, int.from_bytes(file.read(4), "little"))
 
 
-def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
-    """The text in a record; an absent value (null) is an empty document."""
+def text_of(record: Mapping[str, Any], field: str, where: str, option: str = "field") -> str:
+    """The text in a record; an absent value (null) is an empty document.
+
+    Args:
+        option: of the source, that names the field, for messages.
+    """
     if field not in record:
-        raise UserError(f"{where}: no field {field!r}; there are {', '.join(map(repr, record))} (?field=NAME chooses)")
+        raise UserError(f"{where}: no field {field!r}; there are {', '.join(map(repr, record))} (?{option}=NAME chooses)")
     value = record[field]
     if isinstance(value, bytes):
         return _decode(value, where)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text (?field=NAME chooses another)")
+        raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text (?{option}=NAME chooses another)")
     return value or ""
 
 
@@ -160,8 +164,8 @@ def read_txt(path: str, rule: str) -> Iterator[str]:
     return DOCUMENT_RULES[rule](path)
 
 
-def read_jsonl(path: str, field: str) -> Iterator[str]:
-    """A field of a file of JSON objects, one a line."""
+def json_objects(path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of a file of JSON objects, one a line: where each is, for messages, its line, and the object."""
     for number, line in lines(path):
         if not line or line.isspace():
             continue
@@ -171,7 +175,13 @@ def read_jsonl(path: str, field: str) -> Iterator[str]:
         except ValueError as error:
             raise UserError(f"{where}: not JSON: {error}") from None
         if not isinstance(record, dict):
-            raise UserError(f"{where}: {type(record).__name__} instead of an object with a field {field!r}")
+            raise UserError(f"{where}: {type(record).__name__} instead of an object with named fields")
+        yield where, line, record
+
+
+def read_jsonl(path: str, field: str) -> Iterator[str]:
+    """A field of a file of JSON objects, one a line."""
+    for where, line, record in json_objects(path):
         text = text_of(record, field, where)
         if "\\u" in line:  # only an escape brings half a surrogate pair into a text, which then has no UTF-8 form
             try:

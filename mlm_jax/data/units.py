@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mlm_jax.data import atomic, pairs
+from mlm_jax.data import atomic, images, pairs
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_jax.data.words import count_words
 from mlm_jax.errors import MachineError
 
-# A unit file is this header, then hashes uint64 [documents, 2], token ends and words int64 [documents], token ids [tokens].
+# A unit file is this header, then hashes uint64 [documents, 2], token ends and words int64 [documents], token ids [tokens];
+# of texts with images, then their names, UTF-8 [documents] of one width.
 _HEADER = np.dtype([(name, "<i8") for name in ("documents", "tokens", "blank", "text_bytes", "id_bytes")])
+_IMAGE_MARK = images.MARK.encode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Documents:
         lengths: int64 [documents], in tokens.
         words: int64 [documents], of the text.
         tokens: [all tokens], in no particular order of documents.
+        images: bytes [documents], the names of their images in UTF-8, empty where they have none.
     """
 
     hashes: np.ndarray
@@ -59,9 +62,11 @@ class Documents:
     lengths: np.ndarray
     words: np.ndarray
     tokens: np.ndarray
+    images: np.ndarray
 
     def take(self, chosen: np.ndarray) -> "Documents":
-        return Documents(self.hashes[chosen], self.starts[chosen], self.lengths[chosen], self.words[chosen], self.tokens)
+        of_each = (self.hashes[chosen], self.starts[chosen], self.lengths[chosen], self.words[chosen])
+        return Documents(*of_each, self.tokens, self.images[chosen])
 
     def between(self, lower: int, upper: int) -> "Documents":
         """Those whose hash begins with 64 bits in lower … upper - 1, where tokens are in the order of documents; copies."""
@@ -71,7 +76,8 @@ class Documents:
         starts = np.cumsum(lengths) - lengths
         begin = int(self.starts[first]) if len(lengths) else 0
         tokens = np.array(self.tokens[begin : begin + int(lengths.sum())])
-        return Documents(np.array(self.hashes[first:last]), starts, lengths, np.array(self.words[first:last]), tokens)
+        hashes, words, names = (np.array(array[first:last]) for array in (self.hashes, self.words, self.images))
+        return Documents(hashes, starts, lengths, words, tokens, names)
 
 
 def joined(parts: Iterable[Documents]) -> Documents:
@@ -79,16 +85,22 @@ def joined(parts: Iterable[Documents]) -> Documents:
 
     The result does not show which part a document came from; equal documents follow each other.
     """
-    none, no_tokens = np.zeros(0, np.int64), np.zeros(0, np.uint16)
-    empty = Documents(np.zeros((0, 2), np.uint64), none, none, none, no_tokens)  # for a bucket that has no part
-    arrays = [(part.hashes, part.lengths, part.words, part.tokens) for part in (empty, *parts)]
-    hashes, lengths, words, tokens = map(np.concatenate, zip(*arrays, strict=True))
-    found = Documents(hashes, np.cumsum(lengths) - lengths, lengths, words, tokens)
+    none, no_tokens, no_names = np.zeros(0, np.int64), np.zeros(0, np.uint16), np.zeros(0, "S1")
+    empty = Documents(np.zeros((0, 2), np.uint64), none, none, none, no_tokens, no_names)  # for a bucket that has no part
+    arrays = [(part.hashes, part.lengths, part.words, part.tokens, part.images) for part in (empty, *parts)]
+    hashes, lengths, words, tokens, names = map(np.concatenate, zip(*arrays, strict=True))
+    found = Documents(hashes, np.cumsum(lengths) - lengths, lengths, words, tokens, names)
     return found.take(np.lexsort((hashes[:, 1], hashes[:, 0])))
 
 
 def document_hash(text: bytes) -> bytes:
-    """The 128 bits that a document is known by: for its order, its duplicates and its split."""
+    """The 128 bits that a document is known by: for its order, its duplicates and its split.
+
+    The first half is of the image alone, where it has one: all texts of an image are in one split.
+    """
+    if _IMAGE_MARK in text:
+        image = text.partition(_IMAGE_MARK)[2]
+        return b"".join(hashlib.blake2b(part, digest_size=8).digest() for part in (image, text))
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
@@ -115,7 +127,7 @@ def tokenise(texts: Sequence[bytes], tokenizer_directory: str) -> Documents:
     """Tokenises documents, given as UTF-8; without those of which nothing is left, and tokens in the order of documents."""
     tokenizer = _tokenizer(tokenizer_directory)
     hashes = np.frombuffer(b"".join(document_hash(text) for text in texts), ">u8").astype(np.uint64).reshape(-1, 2)
-    decoded = [text.decode() for text in texts]
+    decoded, names = zip(*(images.split(text.decode()) for text in texts), strict=True)
     ids = [pairs.encode(tokenizer, text) for text in decoded]
     lengths = np.array([len(one) for one in ids], np.int64)
     words = np.array([count_words(text) for text in decoded], np.int64)
@@ -124,7 +136,8 @@ def tokenise(texts: Sequence[bytes], tokenizer_directory: str) -> Documents:
     tokens = np.concatenate([ids[i] for i in order]) if len(order) else np.zeros(0)
     lengths = lengths[order]
     tokens = tokens.astype(smallest_dtype(tokenizer.vocab_size))
-    return Documents(hashes[order], np.cumsum(lengths) - lengths, lengths, words[order], tokens)
+    of_each = (hashes[order], np.cumsum(lengths) - lengths, lengths, words[order])
+    return Documents(*of_each, tokens, np.array([name.encode() for name in names])[order])
 
 
 def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory: str) -> UnitSummary:
@@ -141,6 +154,8 @@ def encode_unit(texts: Sequence[bytes], path: pathlib.Path, tokenizer_directory:
     with atomic.replacing(path) as temporary, open(temporary, "wb") as file:
         for part in (header, documents.hashes, np.cumsum(documents.lengths), documents.words, documents.tokens):
             file.write(part.tobytes())
+        if documents.images.any():
+            file.write(documents.images.tobytes())
     return summarise(path)
 
 
@@ -178,7 +193,9 @@ def _read(path: pathlib.Path) -> tuple[np.void, Documents]:
     ends_at = _HEADER.itemsize + 16 * documents
     words_at = ends_at + 8 * documents
     tokens_at = words_at + 8 * documents
-    if len(content) != tokens_at + id_bytes * tokens:
+    images_at = tokens_at + id_bytes * tokens
+    image_bytes, rest = divmod(len(content) - images_at, max(documents, 1))
+    if image_bytes < 0 or rest:
         raise MachineError(f"{path} is damaged ({len(content)} bytes); delete it and start again")
     ends = content[ends_at:words_at].view("<i8")
     lengths = np.diff(ends, prepend=0)
@@ -187,5 +204,6 @@ def _read(path: pathlib.Path) -> tuple[np.void, Documents]:
         starts=ends - lengths,
         lengths=lengths,
         words=content[words_at:tokens_at].view("<i8"),
-        tokens=content[tokens_at:].view(np.uint16 if id_bytes == 2 else np.int32),
+        tokens=content[tokens_at:images_at].view(np.uint16 if id_bytes == 2 else np.int32),
+        images=content[images_at:].view(f"S{image_bytes}") if image_bytes else np.zeros(documents, "S1"),
     )

@@ -5,7 +5,6 @@ What all tasks read their examples from. Each record comes with the place where 
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -113,17 +112,7 @@ def _table(path: str, kind: str, *, has_header: bool) -> Iterator[tuple[str, Rec
 
 
 def _jsonl(path: str) -> Iterator[tuple[str, Record]]:
-    for number, line in text_files.lines(path):
-        if not line or line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: {type(record).__name__} instead of an object with named fields")
-        yield where, record
+    return ((where, record) for where, _, record in text_files.json_objects(path))
 
 
 def _parquet(path: str) -> Iterator[tuple[str, Record]]:

@@ -54,7 +54,13 @@ def export_run(
     """
     if "://" in os.fspath(out):
         raise UserError(f"{out}: export writes a local folder; copy it to its bucket afterwards")
-    if Workdir(workdir).read_config().objective in TASKS:
+    cfg = Workdir(workdir).read_config()
+    if cfg.model.image_size:
+        raise UserError(
+            f"{workdir} reads images and cannot be exported: no class of transformers computes what its model does (ViLT's "
+            "has a class token of the image and no norm of patches)"
+        )
+    if cfg.objective in TASKS:
         return export_task(workdir, out, network=network, model_type=model_type, onnx=onnx)
     with open_run(workdir) as run:
         head, model, params = _network(run, network)

@@ -20,6 +20,7 @@ from mlm_jax.model.layers import (
     parameter,
     weight_init,
 )
+from mlm_jax.model.patches import Image, PatchEmbeddings
 from mlm_jax.model.stack import run_layers
 from mlm_jax.segments import attended, languages
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather, is_stacked
@@ -141,6 +142,8 @@ class Encoder(nnx.Module):
             glorot, shape = jax.nn.initializers.glorot_uniform(), (cfg.embedding_dim, cfg.embed_dim)
             self.projection_ED = parameter(rngs, glorot, shape, SHARDING.transform_DD)
             self.projection_bias_D = bias_parameter(cfg, rngs, shape[1:], SHARDING.vector)
+        if cfg.image_size:
+            self.patches = PatchEmbeddings(cfg, rngs=rngs)
         keys_N = jax.random.split(rngs.params(), cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys_N)
         if cfg.pre_norm:
@@ -156,6 +159,7 @@ class Encoder(nnx.Module):
         key: jax.Array | None = None,
         token_types_BL: jax.Array | None = None,
         causal_B: jax.Array | None = None,
+        image: Image | None = None,
     ) -> jax.Array:
         """Final hidden states.
 
@@ -166,15 +170,18 @@ class Encoder(nnx.Module):
             key: dropout key; None evaluates without dropout.
             token_types_BL: int32, or None for type 0 throughout.
             causal_B: bool, the rows in which no token sees a later one; None for no row.
+            image: what the first segment of each row sees, where the model has patches; None for the text alone.
 
         Returns:
-            [B, L, D] in the compute dtype. Padding positions hold finite values of no meaning.
+            [B, L, D] in the compute dtype, or with an image [B, L + N, D], its patches behind the text. Padding positions
+            hold finite values of no meaning.
         """
         cfg, compute = self.cfg, self.compute
+        num_patches = 0 if image is None else cfg.num_patches
         implementation = choose_implementation(
             compute.attention,
             cfg,
-            tokens_BL.shape[1],
+            tokens_BL.shape[1] + num_patches,
             compute.platform,
             compute.dtype,
             causal_rows=causal_B is not None,
@@ -188,6 +195,9 @@ class Encoder(nnx.Module):
             hidden_BLD = dense(hidden_BLD, self.projection_ED[...], SHARDING.hidden_BLD)
             hidden_BLD = add_bias(hidden_BLD, self.projection_bias_D, (2,))
         segments_BL = attended(segment_ids_BL)
+        if cfg.image_size:
+            hidden_BLD = self.patches(hidden_BLD, image, None if keys is None else jax.random.fold_in(keys[-1], 1))
+            segments_BL = jnp.pad(segments_BL, ((0, 0), (0, num_patches)), constant_values=1)
         sees_all, sees_window = (
             Sight.of(cfg, implementation, segments_BL, causal_B, positions_BL, local=local) for local in (False, True)
         )

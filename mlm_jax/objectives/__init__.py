@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from mlm_jax.config import Config
 from mlm_jax.model.encoder import Compute
-from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term, Trainable
+from mlm_jax.objectives.contract import Batch, Keys, LossSums, Objective, Params, Term, Trainable, images_of
 from mlm_jax.objectives.diffusion import MaskedDiffusion
 from mlm_jax.objectives.hybrid import HybridLM
+from mlm_jax.objectives.image_text import ImageText
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.rtd import ReplacedTokenDetection
 from mlm_jax.objectives.span import SpanBert
@@ -26,6 +27,7 @@ __all__ = [
     "Task",
     "Term",
     "Trainable",
+    "images_of",
     "make_objective",
     "make_task",
 ]
@@ -37,6 +39,7 @@ OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {
     "rtd": ReplacedTokenDetection,
     "diffusion": MaskedDiffusion,
     "hybrid": HybridLM,
+    "image_text": ImageText,
 }
 
 

@@ -5,7 +5,7 @@ weights of the global batch, so that a batch has one gradient on any devices and
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from mlm_jax.masking import VocabTables
 from mlm_jax.model.encoder import Compute
 
 # int32 tokens and segment_ids [B, L], example_ids and epochs [B]; in training also float32 places [B], each row's place in
-# the global batch from 0 to 1, which stays with the row when the batch is divided.
+# the global batch from 0 to 1, which stays with the row when the batch is divided. Of texts with images also uint8 images
+# [B, pixels, pixels, 3]; in training int32 matches [B], 0 where the image is another text's; in evaluation other_images.
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
 
@@ -58,11 +59,21 @@ class Keys(NamedTuple):
     step: jax.Array | int = 0
 
 
+def images_of(batch: Batch) -> dict[str, jax.Array]:
+    """What `logits` is given beside the text: the batch's images, where it has them and the objective so reads them."""
+    return {"images_BHWC": batch["images"]} if "images" in batch else {}
+
+
 class Trainable(Protocol):
     """What a step trains: an objective of pre-training, or a task that is fine-tuned."""
 
-    loss_names: ClassVar[tuple[str, ...]]  # the keys of `LossSums.losses`
-    metric_names: ClassVar[tuple[str, ...]]  # and of its `metrics`, each a share between 0 and 1
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The keys of `LossSums.losses`."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The keys of its `metrics`, each a share between 0 and 1."""
 
     @property
     def cfg(self) -> Config: ...
@@ -93,7 +104,8 @@ class Objective(Trainable, Protocol):
     ) -> jax.Array:
         """Float32 logits [B, P, V] for the tokens at the given positions, from everything else in their segment.
 
-        What evaluation, fill-mask and score read a model by: whatever it was trained for, this predicts a masked token.
+        What evaluation, fill-mask and score read a model by: whatever it was trained for, this predicts a masked token. An
+        objective that reads images takes them besides (see `images_of`).
         """
 
     def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: VocabTables) -> dict[str, Term]:

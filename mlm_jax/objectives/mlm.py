@@ -13,7 +13,7 @@ from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.heads import MaskedLanguageHead, gather_positions
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.network import Network
-from mlm_jax.objectives.rates import Rates, scheduled_rates
+from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 
 
@@ -87,6 +87,12 @@ class MaskedLM:
     def flops_per_token(self, segment_length: float, predicted: float) -> float:
         """The encoder's and the head's; see `Objective`."""
         return flops.train_flops_per_token(self.cfg.model, segment_length, predicted)
+
+
+def mask_held_out(batch: Batch, key: jax.Array, vocab: masking.VocabTables, cfg: Config) -> masking.MaskedBatch:
+    """A batch under the frozen masks that any two runs are compared by: 80/10/10 of single tokens."""
+    frozen = MaskingConfig(rate=cfg.evaluation.mask_rate, static=True)
+    return mask_batch(batch, key, vocab, frozen, constant_rates(frozen))
 
 
 def mask_batch(

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlm_jax.config import Config, MaskingConfig
+from mlm_jax.config import Config
 from mlm_jax.masking import VocabTables
-from mlm_jax.objectives import Batch, Keys, Objective, Params, Term
-from mlm_jax.objectives.mlm import mask_batch
-from mlm_jax.objectives.rates import constant_rates
+from mlm_jax.objectives import Batch, Keys, Objective, Params, Term, images_of
+from mlm_jax.objectives.mlm import mask_held_out
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS, place, row_ways
 
@@ -47,15 +46,15 @@ def make_eval_step(cfg: Config, objective: Objective) -> EvalStep:
     Loss and accuracy under frozen 80/10/10 masks of single tokens, beside a unigram model's at the same positions, so that
     any two objectives and rates can be compared; and what the objective measures besides.
     """
-    frozen = MaskingConfig(rate=cfg.evaluation.mask_rate, static=True)
 
     @jax.jit
     def eval_step(
         params: Params, batch: Batch, vocab: VocabTables, log_unigram_V: jax.Array, bytes_V: jax.Array
     ) -> dict[str, Term]:
         key = jax.random.key(cfg.evaluation.seed)
-        masked = mask_batch(batch, key, vocab, frozen, constant_rates(frozen))
-        logits_BPV = objective.logits(params, masked.inputs_BL, batch["segment_ids"], masked.positions_BP)
+        masked = mask_held_out(batch, key, vocab, cfg)
+        seen = images_of(batch)
+        logits_BPV = objective.logits(params, masked.inputs_BL, batch["segment_ids"], masked.positions_BP, **seen)
         nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
         weights_BP = masked.weights_BP
         look_up = functools.partial(_look_up, ids_BP=masked.targets_BP, like_BP=weights_BP)
@@ -90,7 +89,7 @@ def evaluate(
     tokenizers can be compared. What the objective measures besides follows under its own names.
 
     Args:
-        held_out: with `tokens` and `segment_ids`, int32 [rows, L].
+        held_out: with `tokens` and `segment_ids`, int32 [rows, L], and `images` where the objective reads them.
         bytes_V: the bytes that each token stands for.
         batch_size: rounded up to what the mesh's rows divide; a last short batch is filled with padding rows.
     """
@@ -164,4 +163,7 @@ def _batches(rows: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str,
             "example_ids": ids,
             "epochs": np.zeros(batch_size, np.int32),
         }
+        if "images" in rows:
+            batch["images"] = rows["images"][inside]
+            batch["other_images"] = rows["images"][(inside + 1) % count]  # rows are in no order
         yield place(batch, jax.P(ROWS))

@@ -68,6 +68,7 @@ def device_batches(
     start_step: int,
     num_steps: int,
     seen: Any,
+    exchanged: float = 0.0,
 ) -> Iterator[dict[str, jax.Array]]:
     """Global batches of a stage, two ahead of the step.
 
@@ -76,6 +77,7 @@ def device_batches(
         start_step: steps of the stage that are done.
         num_steps: batches to give.
         seen: examples visited at this row length before the stage, as `rows` counts them.
+        exchanged: the share of the examples with images that are given another's.
     """
     mine = local_rows(mesh, stage.batch_size)
     host_batches = batches(
@@ -86,6 +88,7 @@ def device_batches(
         first_position=seen,
         seed=seed,
         local_rows=mine,
+        exchanged=exchanged,
     )
     sharding = jax.NamedSharding(mesh, jax.P(ROWS))
     places = {row: place for place, row in enumerate(mine)}

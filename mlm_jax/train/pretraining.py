@@ -118,7 +118,14 @@ class Pretraining:
             if other.seq_len == stage.seq_len:
                 seen = seen + training_rows(self.corpus, cfg, other).counts(other.steps * other.batch_size)
         feed = device_batches(
-            rows, stage, self.here.mesh, seed=cfg.seed, start_step=done, num_steps=stage.steps - done, seen=seen
+            rows,
+            stage,
+            self.here.mesh,
+            seed=cfg.seed,
+            start_step=done,
+            num_steps=stage.steps - done,
+            seen=seen,
+            exchanged=cfg.image_text.exchanged,
         )
 
         def epochs(steps: int) -> dict[str, float]:

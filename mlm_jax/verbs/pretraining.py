@@ -192,8 +192,9 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> Result:
         print(_measured(name, values))
         print(f"{'  unigram':12}{values['unigram_loss']:10.4f}{values['unigram_accuracy']:10.4f}")
     own = {name: value for name, value in found.items() if name not in COMMON}
+    width = max(map(len, own), default=0)
     for name, value in own.items():
-        print(f"{name:12}{value:10.4f}")
+        print(f"{name:{max(width, 12)}}{value:10.4f}")
     if not math.isfinite(found["loss"]):
         raise MachineError(f"the loss is not finite: the parameters of step {run.step} are those of a run that diverged")
     return {"step": run.step, "seq_len": seq_len, **found}
@@ -209,6 +210,7 @@ def _declare_fill_mask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="with one or more [MASK]")
     parser.add_argument("--top-k", type=int, default=5, help="candidates per mask (default 5)")
     _language_option(parser)
+    parser.add_argument("--image", metavar="FILE", help="what the texts are beside, for a run that reads images")
 
 
 def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
@@ -217,13 +219,28 @@ def _fill_mask(options: argparse.Namespace, overrides: list[str]) -> Result:
 
     with device_errors(), open_run(options.workdir) as run:
         fill = Filler(run.objective, run.tokenizer)
-        language = _language(options, run.cfg)
-        fills = fill(run.params, options.texts, top_k=options.top_k, language=language)
+        language, image = _language(options, run.cfg), _image(run.cfg, options.image)
+        fills = fill(run.params, options.texts, top_k=options.top_k, language=language, image=image)
     for text, masks in zip(options.texts, fills, strict=True):
         print(text)
         for number, candidates in enumerate(masks, 1):
             print(f"  [MASK] {number}:", "  ".join(f"{shown(c)} {c['probability']:.3f}" for c in candidates))
     return {"step": run.step, "fills": [{"text": t, "masks": f} for t, f in zip(options.texts, fills, strict=True)]}
+
+
+def _image(cfg: Any, path: str | None) -> Any:
+    """The file's pixels as the run's model takes them; None where there is no file."""
+    from mlm_jax.data import images
+
+    if path is None:
+        if cfg.model.image_size:
+            print("mlm-jax: without --image the model sees the text alone", file=sys.stderr)
+        return None
+    if not cfg.model.image_size:
+        raise UserError(f"--image={path}: this run was trained on text alone; leave it out")
+    folder = images.Folder("")
+    folder.check(path, "--image")
+    return images.Decoder(folder, cfg.model.image_size, cfg.data.image_resize)(path)
 
 
 def _declare_generate(parser: argparse.ArgumentParser) -> None:
