@@ -262,7 +262,7 @@ def test_files_of_other_names_are_read_as_what_they_are_said_to_be(folder):
         ("files:x.csv?field=b", r"x\.csv: no column 'b'; there are 'a' "),
         ("files:x.csv?field=2", r"x\.csv, record 1: 1 column\(s\), and field=2 is number 2"),
         ("files:x.txt?format=fasta", r"x\.txt, line 1: a sequence before the first '>' line"),
-        ("x.txt", r"begins with none of builtin:, files:, tfds:, hf:, pairs:; for files write 'files:x\.txt'"),
+        ("x.txt", r"begins with none of builtin:, files:, tfds:, hf:, pairs:, images:; for files write 'files:x\.txt'"),
         ("file:x.txt", "begins with none of builtin:, files:, tfds:, hf:"),
         ("", "begins with none of"),
         ("files:ftp://host/*.txt", "no ftp:// here; there are local paths, gs://"),
