@@ -1,10 +1,11 @@
 """A Hugging Face folder that is to be imported: what its config.json says, and checks of all that belongs together."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.config.conversion import nearest
@@ -49,17 +50,25 @@ def open_folder(path: pathlib.Path) -> Folder:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file} is not a dictionary")
-    model_type = family_of(raw)
-    try:
+    with _naming(path):
+        model_type = family_of(raw)
         head = read_head(raw, model_type)
-        weights = Weights(path)
-        detection = NAMES[model_type].detection_head.values()
-        network = "task" if head else "detection" if any(name in weights.shapes for name in detection) else "masked"
+    weights = Weights(path)
+    detection = NAMES[model_type].detection_head.values()
+    network = "task" if head else "detection" if any(name in weights.shapes for name in detection) else "masked"
+    with _naming(path):
         model = read_model(raw, network)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     pad_id = model.position_offset - 1 if FAMILIES[model_type].positions_follow_padding else None
     return Folder(path, model_type, network, model, weights, pad_id, head)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Says which folder's config.json a message is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Folder) -> None:
