@@ -24,6 +24,7 @@ from mlm_jax.interop.tokenizer_files import read_tokenizer, write_tokenizer
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import make_objective
 from mlm_jax.sharding import make_mesh
+from mlm_jax.workdir import Workdir
 
 WORDS = ["matdog", "hatcat", "Ölhouse"]
 NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -189,18 +190,33 @@ def test_a_run_with_words(old_run, tmp_path):
     np.testing.assert_allclose(ours[..., :first], theirs[..., :first], atol=1e-5)
 
 
-def test_from_text_to_a_trained_run_with_words(old_run, tmp_path, capsys):
-    """By the command line: the words of a corpus, some steps by the recipe, and a folder with the same ids."""
-    text = tmp_path / "text.txt"
-    text.write_text(
-        "\n\n".join(f"the catmat ran to the {word} and {i}" for i in range(40) for word in ("dogoldhouse", "mat"))
-    )
-    source = f"files:{text}?documents=blank_line"
-    arguments = ["extend", "--workdir", str(old_run), "--out", str(tmp_path / "new"), "--corpus", source]
-    assert main([*arguments, "--count", "2"]) == 0
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Eighty lines, in which two words of many pieces are frequent."""
+    file = tmp_path_factory.mktemp("source") / "text.txt"
+    words = ("dogoldhouse", "mat")
+    file.write_text("\n\n".join(f"the catmat ran to the {word} and {i}" for i in range(40) for word in words))
+    return f"files:{file}?documents=blank_line"
+
+
+def test_the_words_of_a_corpus(old_run, source, tmp_path, capsys):
+    """By the command line, to a folder with the same ids."""
+    arguments = ["extend", "--workdir", str(old_run), "--out", str(tmp_path / "new"), "--corpus", source, "--count", "2"]
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "2 new words (catmat, dogoldhouse, …), 322 ids, a vocabulary of 400 rows" in printed
     assert (tmp_path / "new" / "new_words.txt").read_text() == "catmat\ndogoldhouse\n"
+    ids = Workdir(tmp_path / "new").read_tokenizer().encode("the catmat ran to the dogoldhouse").tolist()
+    assert {320, 321} <= {*ids}
+    export_run(tmp_path / "new", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 400
+    assert read_tokenizer(tmp_path / "out").encode("the catmat ran to the dogoldhouse").tolist() == ids
+
+
+@pytest.mark.slow
+def test_new_words_are_trained(old_run, source, tmp_path):
+    """By the recipe that lies in the workdir."""
+    extend_run(old_run, tmp_path / "new", corpus=source, count=2)
     overrides = {
         "data.source": source,
         "data.validation_fraction": "0.1",
@@ -216,11 +232,6 @@ def test_from_text_to_a_trained_run_with_words(old_run, tmp_path, capsys):
         assert after.step == 3
         moved = np.abs(np.subtract(*(run.params["encoder"]["embeddings"]["tokens_VD"] for run in (before, after)))).max(1)
         assert moved[320] > 0 and moved[321] > 0
-        ids = after.tokenizer.encode("the catmat ran to the dogoldhouse").tolist()
-        assert {320, 321} <= {*ids}
-    export_run(tmp_path / "continued", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 400
-    assert read_tokenizer(tmp_path / "out").encode("the catmat ran to the dogoldhouse").tolist() == ids
 
 
 @pytest.mark.parametrize(
