@@ -114,10 +114,11 @@ def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "own"),
     [
-        (("objective=span", "masking.policy=span", "masking.rate=0.25"), ["sbo", "sbo_accuracy"]),
-        (("masking.policy=pmi", "masking.schedule=linear", "masking.final_rate=0.3"), []),
+        pytest.param(("objective=span", "masking.policy=span", "masking.rate=0.25"), ["sbo", "sbo_accuracy"], id="span"),
+        pytest.param(
+            ("masking.policy=pmi", "masking.schedule=linear", "masking.final_rate=0.3"), [], id="pmi", marks=pytest.mark.slow
+        ),
     ],
-    ids=["span", "pmi"],
 )
 def test_another_objective_and_policy_by_the_config_alone(train, tmp_path, capsys, overrides, own):
     if "masking.policy=pmi" in overrides:

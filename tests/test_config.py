@@ -257,7 +257,7 @@ CHECKS = [
     ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
     (
         "objective=mlmm",
-        "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid, classification, ",
+        "objective='mlmm' is none of mlm, span, rtd, diffusion, hybrid, image_text, classification, ",
     ),
     ("tokenizer.algorithm=unigra", "did you mean 'unigram'?"),
     ("model.activation=gelu", "model.activation='gelu' is none of gelu_tanh, gelu_erf, relu, silu; did you mean"),

@@ -388,7 +388,13 @@ def test_two_processes_killed_then_one_killed_then_four_are_one_run(runs, alone)
     assert_same_curve(workdir, alone[0])
 
 
-@pytest.mark.parametrize("hurt", [{1: "term@5"}, {0: "term@5", 1: "term@6"}], ids=["one", "both"])
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        pytest.param({1: "term@5"}, id="one"),
+        pytest.param({0: "term@5", 1: "term@6"}, id="both", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_to_one_of_two_saves_both_and_they_go_on_exactly(runs, alone, hurt):
     workdir = runs.directory / f"stopped_{len(hurt)}"
     statuses, logs, records = runs(workdir, 2, 4, hurt=hurt)

@@ -109,6 +109,7 @@ def test_no_format_of_others_has_language_embeddings() -> None:
         choose_family(dataclasses.replace(WITH, num_token_types=2), "masked", None)
 
 
+@pytest.mark.slow
 def test_a_run_with_languages(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     chance = random.Random(0)
     english, german = (["".join(chance.choices(letters, k=5)) for _ in range(60)] for letters in ("abcdefgh", "mnopqrst"))

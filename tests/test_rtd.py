@@ -290,6 +290,7 @@ def test_padding_rows_count_for_nothing(one):
     assert all((grad == 0).all() for grad in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_steps_are_traced_once_and_need_nothing_from_the_host(one):
     cfg = dataclasses.replace(TIED, model=dataclasses.replace(TIED.model, dropout=0.1, attention_dropout=0.1))
     built = ReplacedTokenDetection(cfg, Compute.resolve(cfg.compute))
