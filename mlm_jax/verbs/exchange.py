@@ -77,8 +77,9 @@ def _extend(options: argparse.Namespace, overrides: list[str]) -> Result:
         count=options.count,
         sample_megabytes=options.sample_megabytes,
     )
+    shown = ", ".join(result["first_words"] + ["…"] * (result["words"] > len(result["first_words"])))
     print(
-        f"{result['workdir']}: {result['words']} new words ({', '.join(result['first_words'])}, …), "
+        f"{result['workdir']}: {result['words']} new words ({shown}), "
         f"{result['tokenizer_ids']} ids, a vocabulary of {result['vocab_size']} rows"
     )
     print(f"to train them: mlm-jax train --config {result['recipe']} --workdir DIR")
