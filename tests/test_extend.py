@@ -204,7 +204,7 @@ def test_the_words_of_a_corpus(old_run, source, tmp_path, capsys):
     arguments = ["extend", "--workdir", str(old_run), "--out", str(tmp_path / "new"), "--corpus", source, "--count", "2"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "2 new words (catmat, dogoldhouse, …), 322 ids, a vocabulary of 400 rows" in printed
+    assert "2 new words (catmat, dogoldhouse), 322 ids, a vocabulary of 400 rows" in printed
     assert (tmp_path / "new" / "new_words.txt").read_text() == "catmat\ndogoldhouse\n"
     ids = Workdir(tmp_path / "new").read_tokenizer().encode("the catmat ran to the dogoldhouse").tolist()
     assert {320, 321} <= {*ids}
