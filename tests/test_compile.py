@@ -111,6 +111,15 @@ def test_a_schedule_adds_up():
     assert found == {("all-reduce", "fsdp"): (4004, 12), ("all-gather", "data×fsdp"): (16_000_000, 1)}
 
 
+def test_cycles_that_the_compiler_does_not_know_give_way_to_arithmetic():
+    """XLA:TPU writes -1, as 64 bits without a sign, for an instruction of GPT-BERT-small in rows of 256."""
+    topology = topology_of("v5e", (2, 2))
+    unknown = TPU_HLO.replace('"estimated_cycles":"15000"', f'"estimated_cycles":"{2**64 - 1}"')
+    line = estimate_step(unknown, mesh_of(topology, data=2, fsdp=2), topology)
+    assert line.groups["optimizer"] == pytest.approx((4e6 + 32) / 819e9)  # it reads 4 MB and writes 32 bytes
+    assert line.roofline >= line.groups["optimizer"]
+
+
 def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension():
     # 2 rows, 4 heads, 256 positions, 64 numbers a head: four products of 2·256·256·64 each, at half of the peak.
     heads = "".join(f"  %{name} = bf16[2,4,256,64]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))

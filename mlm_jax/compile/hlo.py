@@ -43,9 +43,9 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """What the compiler's cost model expects, where it says so (XLA:TPU)."""
+        """What the compiler's cost model expects, where it says so (XLA:TPU). All bits set are no number."""
         match = _CYCLES.search(self.attributes)
-        return int(match[1]) if match else None
+        return int(match[1]) if match and int(match[1]) < 2**63 else None
 
     def attribute(self, name: str) -> str:
         """A computation or a word that is given as name=…, or nothing."""
