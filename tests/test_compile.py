@@ -120,10 +120,12 @@ def test_cycles_that_the_compiler_does_not_know_give_way_to_arithmetic():
     assert line.roofline >= line.groups["optimizer"]
 
 
-def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension():
+@pytest.mark.parametrize("shape", ["2,4,256,64", "2,4,64,256", "8,256,64", "8,64,256"])
+def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension(shape):
+    """Whether the length or a head's numbers come last (the step asks for that), and for a row alone, of three dimensions."""
     # 2 rows, 4 heads, 256 positions, 64 numbers a head: four products of 2·256·256·64 each, at half of the peak.
-    heads = "".join(f"  %{name} = bf16[2,4,256,64]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))
-    text = "ENTRY %main (q: bf16[2,4,256,64]) -> f32[] {\n" + heads + KERNEL + "}\n"
+    heads = "".join(f"  %{name} = bf16[{shape}]{{2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))
+    text = f"ENTRY %main (q: bf16[{shape}]) -> f32[] {{\n" + heads + KERNEL + "}\n"
     topology = topology_of("v5e", (2, 2))
     line = estimate_step(text, mesh_of(topology, data=4), topology)
     assert line.groups == {"attention core": pytest.approx(4 * 2 * 4 * 2 * 256 * 256 * 64 / (197e12 / 2))}

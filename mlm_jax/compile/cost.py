@@ -35,18 +35,22 @@ def kernel_flops(one: Instruction, module: Module) -> tuple[float, int] | None:
     name = one.attribute("custom_call_target") if "__cudnn$" in one.attributes else one.name
     products = next((count for prefix, count in KERNEL_PRODUCTS.items() if name.startswith(prefix)), None)
     arrays = [array for operand in one.operands for array in array_shapes(module.result_of(operand))]
-    shapes = [shape for _, shape in arrays]
-    heads = [shape for shape in shapes if len(shape) == 4]
-    if products is None or len(heads) < 2:
+    floats = [shape for kind, shape in arrays if kind in ("bf16", "f16", "f32")]
+    rank = max(map(len, floats), default=0)  # 4, but for a row alone, which has lost its first dimension
+    heads = [shape for shape in floats if len(shape) == rank]
+    if products is None or len(heads) < 2 or rank < 3:
         return None
     if name.startswith("splash_mha_dkv") and re.search(r'use_fused_bwd_kernel\\?": true', one.attributes):
         products += 1  # dQ as well
-    # Splash takes [B, H, L, K], cuDNN [B, L, H, K].
-    keys = heads[1][2] if name.startswith("splash") else heads[1][1]
+    if name.startswith("splash"):
+        # [B, H, L, K], or [B, H, K, L]: Splash's lengths are multiples of 128, and no head here is longer than that.
+        head_dim, keys = min(heads[0][-2:]), max(heads[1][-2:])
+    else:
+        head_dim, keys = heads[0][-1], heads[1][1]  # cuDNN's are [B, L, H, K]
     # Splash is told which blocks of keys each block of queries visits: of a local layer [1, blocks, a few].
     grids = [shape[1:] for kind, shape in arrays if kind == "s8" and len(shape) == 3]
     visited = math.prod(grids[0]) / max(grids[0]) ** 2 if name.startswith("splash") and grids else 1.0
-    return products * 2.0 * math.prod(heads[0]) * keys * visited, heads[0][-1]
+    return products * 2.0 * math.prod(heads[0]) * keys * visited, head_dim
 
 
 def product_flops(one: Instruction, module: Module) -> float:
