@@ -122,7 +122,7 @@ def test_cycles_that_the_compiler_does_not_know_give_way_to_arithmetic():
 
 @pytest.mark.parametrize("shape", ["2,4,256,64", "2,4,64,256", "8,256,64", "8,64,256"])
 def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension(shape):
-    """Whether the length or a head's numbers come last (the step asks for that), and for a row alone, of three dimensions."""
+    """Whether the length or a head's numbers come last (as the step has it), and for a row alone, of three dimensions."""
     # 2 rows, 4 heads, 256 positions, 64 numbers a head: four products of 2·256·256·64 each, at half of the peak.
     heads = "".join(f"  %{name} = bf16[{shape}]{{2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))
     text = f"ENTRY %main (q: bf16[{shape}]) -> f32[] {{\n" + heads + KERNEL + "}\n"
