@@ -132,6 +132,18 @@ def test_a_kernel_counts_its_products_at_the_fill_of_its_head_dimension(shape):
     assert line.kernels == line.seconds == line.backward["attention core"]
 
 
+def test_a_backward_kernel_of_all_three_gradients_has_a_fifth_product():
+    """It yields dQ once for each block of keys, in one more dimension; XLA:TPU keeps no other word of it."""
+    heads = "".join(f"  %{name} = bf16[2,4,64,256]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))
+    three = "(f32[2,256,64], bf16[2,1,4,256,64], bf16[2,4,256,64], bf16[2,4,256,64])"
+    topology, seconds = topology_of("v5e", (2, 2)), []
+    for result in ("f32[]", three):
+        kernel = KERNEL.replace("= f32[] custom-call", f"= {result} custom-call")
+        text = f"ENTRY %main (q: bf16[2,4,64,256]) -> {result} {{\n{heads}{kernel}}}\n"
+        seconds.append(estimate_step(text, mesh_of(topology, data=4), topology).kernels)
+    assert seconds[1] == pytest.approx(seconds[0] * 5 / 4)
+
+
 def test_a_kernel_of_a_local_layer_counts_the_blocks_that_it_visits():
     """Of four blocks of keys each block of queries visits at most three, and of each four blocks of queries three."""
     heads = "".join(f"  %{name} = bf16[2,4,256,64]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))

@@ -40,8 +40,8 @@ def kernel_flops(one: Instruction, module: Module) -> tuple[float, int] | None:
     heads = [shape for shape in floats if len(shape) == rank]
     if products is None or len(heads) < 2 or rank < 3:
         return None
-    if name.startswith("splash_mha_dkv") and re.search(r'use_fused_bwd_kernel\\?": true', one.attributes):
-        products += 1  # dQ as well
+    if name.startswith("splash_mha_dkv") and any(len(shape) > rank for _, shape in array_shapes(one.result)):
+        products += 1  # dQ as well, once for each block of keys
     if name.startswith("splash"):
         # [B, H, L, K], or [B, H, K, L]: Splash's lengths are multiples of 128, and no head here is longer than that.
         head_dim, keys = min(heads[0][-2:]), max(heads[1][-2:])
