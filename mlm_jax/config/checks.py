@@ -506,7 +506,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "compute.dtype": ("auto", "float32", "bfloat16"),
     "compute.layers": ("auto", "scan", "unroll"),
     "compute.remat": ("none", "dots", "full"),
-    "compute.attention": ("auto", "xla", "splash", "cudnn"),
+    "compute.attention": ("auto", "xla", "row", "splash", "cudnn"),
 }
 
 

@@ -302,7 +302,7 @@ class ComputeConfig:
     dtype: str = "auto"  # auto (bfloat16 on TPU and GPU, float32 on CPU) | float32 | bfloat16
     layers: str = "auto"  # auto (unrolled on CPU, scan elsewhere) | scan | unroll
     remat: str = "none"  # none | dots | full
-    attention: str = "auto"  # auto | xla | splash | cudnn
+    attention: str = "auto"  # auto | xla | row | splash | cudnn
     head_chunk: int = 128  # diffusion and hybrid: positions of a row whose logits are held at a time; 0 holds all
 
 

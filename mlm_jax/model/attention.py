@@ -11,10 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mlm_jax.config import ModelConfig
 from mlm_jax.errors import UserError
-from mlm_jax.model import blocks
+from mlm_jax.model import blocks, row_attention
 from mlm_jax.model.layers import add_bias, bias_parameter, dense, dropout, parameter, weight_init
 from mlm_jax.model.positions import Rotation, alibi_slopes, rotate, rotation
 from mlm_jax.sharding import ROWS, SHARDING
@@ -30,7 +31,7 @@ class Sight:
     """What the tokens of a batch see of each other in a layer, and how that is computed.
 
     Attributes:
-        implementation: "xla", "splash" (TPU) or "cudnn" (GPU), as `choose_implementation` names it.
+        implementation: "xla", "row" or "splash" (TPU) or "cudnn" (GPU), as `choose_implementation` names it.
         segment_ids_BL: int32; equal ids see each other.
         causal_B: bool, the rows in which a token sees itself and what comes before it in its segment; None for no row.
         window: how many tokens to either side are seen at most; 0 for the whole segment.
@@ -87,6 +88,8 @@ class Attention(nnx.Module):
         self.cfg = cfg
 
     def __call__(self, hidden_BLD: jax.Array, sight: Sight, key: jax.Array | None) -> jax.Array:
+        if sight.implementation == "row":
+            return self._by_row(hidden_BLD, sight)
         if sight.implementation == "splash":
             return self._by_splash(hidden_BLD, sight)
 
@@ -118,13 +121,27 @@ class Attention(nnx.Module):
             out_BLD = dense(flat_BLF, flat_FD, SHARDING.hidden_BLD)
         return add_bias(out_BLD, self.output_bias_D, (2,))
 
-    def _by_splash(self, hidden_BLD: jax.Array, sight: Sight) -> jax.Array:
-        """The same with fewer passes over activations, as a TPU needs it.
+    def _by_row(self, hidden_BLD: jax.Array, sight: Sight) -> jax.Array:
+        """The same with fewer passes over activations, as a TPU needs it: the kernel takes what matrix products make.
 
-        Heads are projected with the length as the last dimension: of 128 lanes, a head of 64 would leave half idle. The
-        bias of keys adds the same to all scores of a query, which softmax takes away again, so it is left out where keys
-        are not turned. That of values passes through the weights, which sum to one, and is added after the output
-        projection.
+        The bias of keys adds the same to all scores of a query, which softmax takes away again, and is left out. That of
+        values passes through the weights, which sum to one, and is added after the output projection.
+        """
+        scale = self.cfg.head_dim**-0.5
+        query_BLF, key_BLF, value_BLF = (
+            dense(hidden_BLD, _merge_heads(kernel_DHK, 1), SHARDING.mlp_BLF)
+            for kernel_DHK in (self.query_DHK[...] * scale, self.key_DHK[...], self.value_DHK[...])
+        )
+        if self.query_bias_HK is not None:
+            query_BLF = add_bias(query_BLF, _merge_heads(self.query_bias_HK[...] * scale, 0), (2,))
+        with jax.named_scope("attention_core"):
+            mixed_BLF = checkpoint_name(_row(query_BLF, key_BLF, value_BLF, sight, self.cfg.head_dim), KERNEL_RESULTS)
+        out_BLD = dense(mixed_BLF, _merge_heads(self.output_HKD[...], 0), SHARDING.hidden_BLD)
+        return add_bias(out_BLD, self._output_and_value_bias(), (2,))
+
+    def _by_splash(self, hidden_BLD: jax.Array, sight: Sight) -> jax.Array:
+        """As `_by_row`, but heads are projected with the length as the last dimension: of 128 lanes, a head of 64 would
+        leave half idle. The bias of keys is left out only where they are not turned.
         """
 
         def project(kernel_DHK: jax.Array) -> jax.Array:
@@ -142,11 +159,15 @@ class Attention(nnx.Module):
             mixed_BHLK = _splash(query_BHLK, key_BHMK, value_BHMK, sight)
         output_HKD = self.output_HKD[...]
         out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
+        return add_bias(out_BLD, self._output_and_value_bias(), (2,))
+
+    def _output_and_value_bias(self) -> jax.Array | None:
+        """What both biases add behind the output projection: [D]."""
         if self.value_bias_HK is None or self.output_bias_D is None:
-            return out_BLD
-        value_bias_HK = self.value_bias_HK[...]
-        value_bias_D = (jax.lax.broadcast_in_dim(value_bias_HK, output_HKD.shape, (0, 1)) * output_HKD).sum((0, 1))
-        return add_bias(out_BLD, self.output_bias_D[...] + value_bias_D, (2,))
+            return None
+        output_HKD = self.output_HKD[...]
+        value_bias_HKD = jax.lax.broadcast_in_dim(self.value_bias_HK[...], output_HKD.shape, (0, 1))
+        return self.output_bias_D[...] + (value_bias_HKD * output_HKD).sum((0, 1))
 
 
 def _merge_heads(param: jax.Array, axis: int) -> jax.Array:
@@ -218,15 +239,24 @@ def choose_implementation(
     Raises:
         UserError: a path was asked for by name and cannot run this configuration.
     """
-    fast = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
-    wanted = fast if requested == "auto" else requested
-    reasons = {
+    ways = {"tpu": ("row", "splash"), "gpu": ("cudnn",), "cuda": ("cudnn",)}.get(platform, ())
+    num_heads = cfg.num_heads // jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    no_alibi = (cfg.positions != "alibi", "it adds nothing to scores, as ALiBi does")
+    no_dropout = (cfg.attention_dropout == 0, "it has no attention dropout")
+    conditions = {
+        "row": [
+            (platform == "tpu", "it is a TPU kernel"),
+            no_dropout,
+            (cfg.positions != "rope", "it turns no heads by their positions"),
+            (not cfg.local_window, "it has no window"),
+            *((False, reason) for reason in row_attention.refusals(cfg.head_dim, num_heads, length)),
+        ],
         "splash": [
             (platform == "tpu", "it is a TPU kernel"),
             (length % 128 == 0, f"the length {length} is no multiple of 128"),
-            (cfg.attention_dropout == 0, "it has no attention dropout"),
+            no_dropout,
             (not causal_rows, "its mask is fixed when it is compiled, and which rows are causal is not"),
-            (cfg.positions != "alibi", "it adds nothing to scores, as ALiBi does"),
+            no_alibi,
         ],
         "cudnn": [
             (platform in ("gpu", "cuda"), "it is a GPU kernel"),
@@ -235,18 +265,20 @@ def choose_implementation(
                 cfg.head_dim % 8 == 0 and cfg.head_dim <= 128,
                 f"head dimension {cfg.head_dim} is no multiple of 8 up to 128",
             ),
-            (cfg.attention_dropout == 0, "it has no attention dropout here"),
-            (cfg.positions != "alibi", "nothing is added to its scores here, as ALiBi does"),
+            no_dropout,
+            no_alibi,
         ],
         "xla": [],
-    }[wanted]
-    failed = [reason for holds, reason in reasons if not holds]
-    if failed and requested != "auto":
-        raise UserError(f"compute.attention={requested!r} cannot be used: {failed[0]}; use auto or xla")
-    if failed:
-        logger.info("attention: XLA instead of %s, because %s", wanted, failed[0])
-        return "xla"
-    return wanted
+    }
+    reasons = {way: [reason for holds, reason in conditions[way] if not holds] for way in conditions}
+    if requested != "auto":
+        if reasons[requested]:
+            raise UserError(f"compute.attention={requested!r} cannot be used: {reasons[requested][0]}; use auto or xla")
+        return requested
+    chosen = next((way for way in ways if not reasons[way]), "xla")
+    if ways and chosen == "xla":
+        logger.info("attention: XLA instead of %s, because %s", ways[-1], reasons[ways[-1]][0])
+    return chosen
 
 
 def _xla(
@@ -282,6 +314,21 @@ def _cudnn(query_BHLK: jax.Array, key_BHMK: jax.Array, value_BHMK: jax.Array, se
         return mixed_BLHK.swapaxes(1, 2)
 
     return _by_rows_and_heads(rows, query_BHLK, key_BHMK, value_BHMK, sees_BLM)
+
+
+def _row(query_BLF: jax.Array, key_BLF: jax.Array, value_BLF: jax.Array, sight: Sight, head_dim: int) -> jax.Array:
+    """Each device's rows and heads by the kernel, which is opaque to JAX."""
+    heads, segments, rows, slopes = SHARDING.mlp_BLF, jax.P(ROWS, None), jax.P(ROWS), jax.P("tensor")
+    segment_ids_BL = jax.reshard(sight.segment_ids_BL, segments)
+    causal_B = jnp.zeros_like(segment_ids_BL[:, 0]) if sight.causal_B is None else sight.causal_B.astype(jnp.int32)
+    slopes_H = jax.reshard(jnp.asarray(sight.slopes, jnp.float32), slopes) if sight.slopes else None
+    sharded = jax.shard_map(
+        lambda *args: row_attention.row_attention(*args, head_dim),
+        in_specs=(heads, heads, heads, segments, rows, slopes),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return sharded(query_BLF, key_BLF, value_BLF, segment_ids_BL, jax.reshard(causal_B, rows), slopes_H)
 
 
 def _by_rows_and_heads(
