@@ -18,7 +18,7 @@ from mlm_jax.errors import UserError
 from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import Compute, ready
-from mlm_jax.model.layers import LayerNorm, add_bias, dropout, weight_init
+from mlm_jax.model.layers import LayerNorm, _packed_draws, add_bias, dropout, weight_init
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS, make_mesh
@@ -412,7 +412,7 @@ def test_gradients_are_summed_within_products_where_a_chip_has_room_for_both():
         ("gpu", 128, "float32", {}, "xla"),
         ("gpu", 128, "bfloat16", {"attention_dropout": 0.1}, "xla"),
         ("gpu", 128, "bfloat16", {"num_heads": 8}, "xla"),
-        ("tpu", 128, "bfloat16", {}, "splash"),
+        ("tpu", 128, "bfloat16", {}, "splash"),  # see test_row_attention for the other kernel
         ("tpu", 120, "bfloat16", {}, "xla"),
         ("tpu", 128, "bfloat16", {"attention_dropout": 0.1}, "xla"),
     ],
@@ -493,15 +493,29 @@ def test_the_gradient_of_a_bias_is_a_sum(dtype, dimensions):
     )
 
 
-def test_the_hardware_generator_gives_each_device_bits_of_its_own():
+@pytest.mark.parametrize("rows", [16, 64, 256])  # 2 of each of the eight devices, whose elements are drawn one by one; 8; 32
+def test_the_hardware_generator_gives_each_device_bits_of_its_own(rows):
     with jax.set_mesh(make_mesh(ShardingConfig())):
-        x = jax.device_put(np.ones((16, 64, 64), np.float32), jax.P(ROWS))
+        x = jax.device_put(np.ones((rows, 64, 64), np.float32), jax.P(ROWS))
         step = jax.jit(lambda x, key: dropout(x, 0.3, key)).lower(x, jax.random.key(0, impl="rbg")).compile()
         kept = np.asarray(step(x, jax.random.key(0, impl="rbg"))) > 0
-    drawn = re.findall(r"u\d+\[([\d,]*)\]\S* (?:rng-bit-generator|get-tuple-element)\(", step.as_text())
-    assert drawn and all(math.prod(map(int, shape.split(","))) <= 2 * 64 * 64 for shape in drawn if shape)
+    drawn = re.findall(r"u(\d+)\[([\d,]*)\]\S* (?:rng-bit-generator|get-tuple-element)\(", step.as_text())
+    sizes = [int(bits) * math.prod(map(int, shape.split(","))) for bits, shape in drawn if shape]
+    assert sizes and max(sizes) <= 16 * rows // 8 * 64 * 64  # 16 bits an element, of a device's own
     assert abs(kept.mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / kept.size)
-    assert len(np.unique(kept.reshape(16, -1), axis=0)) == 16
+    flat = kept.reshape(rows, -1)
+    assert len(np.unique(flat, axis=0)) == rows
+    # Nor do rows that share a word depend on each other, or on their place in it.
+    both = np.corrcoef(flat)[np.triu_indices(rows, 1)]
+    assert np.abs(both).max() < 6 / 64
+    assert np.abs(flat.mean(1) - 0.7).max() < 5 * math.sqrt(0.3 * 0.7 / 64**2)
+
+
+def test_packed_draws_have_the_probability_of_their_threshold():
+    draw = jax.jit(_packed_draws, static_argnums=(1, 2))
+    for threshold in (1, 6554, 32768, 65535):
+        drawn, expected = np.asarray(draw(jax.random.key(0), (32, 500, 500), threshold)), threshold / 65536
+        assert abs(drawn.mean() - expected) < 5 * math.sqrt(expected * (1 - expected) / drawn.size)
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "xla")])

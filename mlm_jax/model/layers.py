@@ -216,12 +216,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0.0:
         return x
     with jax.named_scope("dropout"):
-        keep = _random_bits(key, x) >= jnp.uint16(round(rate * 65536))
-        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+        return jnp.where(_dropped(key, x, round(rate * 65536)), jnp.zeros_like(x), x / (1.0 - rate))
 
 
-def _random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Bits for every element of an activation. Those of threefry are the same on any mesh.
+def _dropped(key: jax.Array, like: jax.Array, threshold: int) -> jax.Array:
+    """True for each element of an activation with probability threshold / 65536. Threefry's are the same on any mesh.
 
     With the hardware's generator (`rbg`) XLA would draw the whole batch's on every device and keep a part; here each device
     draws its own, from a key of its own, so that they depend on the mesh.
@@ -229,16 +228,37 @@ def _random_bits(key: jax.Array, like: jax.Array) -> jax.Array:
     sharding = jax.typeof(like).sharding
     axes = tuple(axis for part in sharding.spec.partitions for axis in axes_of(part))
     if jax.random.key_impl(key) != "rbg" or not axes:
-        if like.shape[-1] % 2 or axes_of(sharding.spec.partitions[-1]):
-            return jax.random.bits(key, like.shape, jnp.uint16, out_sharding=sharding.spec)
-        # Threefry makes 32 bits whatever is asked for: two elements' worth.
-        words = jax.random.bits(key, (*like.shape[:-1], like.shape[-1] // 2), jnp.uint32, out_sharding=sharding.spec)
-        halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
-        return jax.lax.reshape(halves, like.shape, out_sharding=sharding.spec)
+        return _threefry_bits(key, like) < jnp.uint16(threshold)
 
     def draw(key: jax.Array) -> jax.Array:
-        return jax.random.bits(
-            jax.random.fold_in(key, jax.lax.axis_index(axes)), sharding.shard_shape(like.shape), jnp.uint16
-        )
+        own_key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+        return _packed_draws(own_key, sharding.shard_shape(like.shape), threshold)
 
     return jax.shard_map(draw, in_specs=jax.P(), out_specs=sharding.spec)(key)
+
+
+def _threefry_bits(key: jax.Array, like: jax.Array) -> jax.Array:
+    spec = jax.typeof(like).sharding.spec
+    if like.shape[-1] % 2 or axes_of(spec.partitions[-1]):
+        return jax.random.bits(key, like.shape, jnp.uint16, out_sharding=spec)
+    # Threefry makes 32 bits whatever is asked for: two elements' worth.
+    words = jax.random.bits(key, (*like.shape[:-1], like.shape[-1] // 2), jnp.uint32, out_sharding=spec)
+    return jax.lax.reshape(jax.lax.bitcast_convert_type(words, jnp.uint16), like.shape, out_sharding=spec)
+
+
+def _packed_draws(key: jax.Array, shape: tuple[int, ...], threshold: int) -> jax.Array:
+    """True with probability threshold / 65536, for as many rows at once as a word has bits, where their number allows.
+
+    A number of 16 random bits is compared with the threshold from its lowest bit up. Bit i of the numbers of several rows
+    is one word, so that this takes 16 operations for all of them, and XLA keeps words, not numbers, for the backward pass.
+    """
+    rows = math.gcd(shape[0], 32)
+    if rows < 8:
+        return jax.random.bits(key, shape, jnp.uint16) < jnp.uint16(threshold)
+    word = jnp.dtype(f"uint{rows}")
+    bits = jax.random.bits(key, (16, shape[0] // rows, 1, *shape[1:]), word)
+    less = jnp.zeros_like(bits[0])
+    for index in range(16):
+        less = less | bits[index] if threshold >> index & 1 else less & bits[index]
+    places = jax.lax.broadcasted_iota(word, (1, rows, *[1] * (len(shape) - 1)), 1)
+    return (((less >> places) & 1) != 0).reshape(shape)
