@@ -104,11 +104,16 @@ def gather(params: Any, axes: Sequence[str]) -> Any:
         if not moved:
             return leaf
 
+        behind = 1 + max(dimension for dimension, names in enumerate(gathered) if names)
+
         def collect(shard: jax.Array) -> jax.Array:
+            # What lies behind is moved as one dimension: heads of 64 fill half a vector, and XLA:TPU would turn them round.
+            trailing = shard.shape[behind:]
+            shard = shard.reshape(*shard.shape[:behind], math.prod(trailing))
             for dimension, names in enumerate(gathered):
                 if names:
                     shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True, to="reduced")
-            return shard
+            return shard.reshape(*shard.shape[:behind], *trailing)
 
         # A reshard would do, but its transpose is on a TPU an all-reduce of which each device keeps its part. This one's is
         # a reduce-scatter; only the parts then travel between slices, if there are any.

@@ -52,15 +52,15 @@ class Compute:
     def compiler_options(self) -> dict[str, Any] | None:
         """XLA's, for the train step: on a TPU, that gradients are summed between chips while earlier layers' are computed.
 
-        Sums are merged up to 4 MB, a layer's worth: one sum of all gradients could begin only after the last of them. To go
-        on within a product a sum needs 16 MB on the chip, which is all that TPU v4 has.
+        Sums are merged up to 1 MB: one sum of all gradients could begin only after the last of them, and a merged one never
+        goes on within a product. That needs 16 MB on the chip, which is all that TPU v4 has.
         """
         if self.platform != "tpu":
             return None
         return {
             "xla_enable_async_all_reduce": True,
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": self.device_kind != "TPU v4",
-            "xla_jf_crs_combiner_threshold_in_bytes": 4_000_000,
+            "xla_jf_crs_combiner_threshold_in_bytes": 1_000_000,
         }
 
     @property
