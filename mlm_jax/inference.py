@@ -87,15 +87,20 @@ def read_encoder(workdir: Workdir, compute: Compute) -> tuple[Any, int]:
     Raises:
         UserError, MachineError: as `read_params`.
     """
+    params, step = read_network(workdir, compute)
+    return params["encoder"], step
+
+
+def read_network(workdir: Workdir, compute: Compute) -> tuple[Any, int]:
+    """`read_encoder` with the head on it: {"encoder": …, "head": …}."""
     cfg = workdir.read_config()
     if cfg.objective in TASKS:
-        params, step = read_params(workdir, make_task(cfg, compute))
-        return params["encoder"], step
+        return read_params(workdir, make_task(cfg, compute))
     objective = make_objective(cfg, compute)
     params, step = read_params(workdir, objective)
     if isinstance(objective, ReplacedTokenDetection):
         params = objective.discriminator_params(params)
-    return params["encoder"], step
+    return params, step
 
 
 def pack_source(run: TrainedRun, uri: str, seq_len: int, languages: Sequence[int] = ()) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import pathlib
 import tempfile
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import safetensors.numpy
 import tokenizers
@@ -20,9 +21,15 @@ from golden.make_bert_golden import randomise
 from golden.neobert import NeoBert
 from interop_runs import LENGTH, MODERNBERT, NEOBERT, TEXTS, config, our_logits, rows, small_tokenizer, write_random_run
 
+from mlm_jax.config import ShardingConfig
+from mlm_jax.inference import read_params
 from mlm_jax.interop.load import import_folder
 from mlm_jax.interop.save import export_run
 from mlm_jax.interop.tensors import layout
+from mlm_jax.model.encoder import Compute
+from mlm_jax.objectives import make_task
+from mlm_jax.sharding import make_mesh
+from mlm_jax.workdir import Workdir
 
 LENGTHS = [LENGTH, 13, 7, 20, 5, 11, 9, 2]
 SHAPE = {
@@ -88,6 +95,40 @@ OURS = {
     "ModernBERT": (config(**MODERNBERT), {}),
     "rtd, discriminator": (config("rtd", table_dim=16), {}),
     "rtd, generator": (config("rtd", activation="gelu_erf"), {"network": "generator"}),
+}
+
+
+class TaskCase(NamedTuple):
+    """A fine-tuned model of theirs: a name of `THEIRS`, what its class ends in, and fields of its config."""
+
+    name: str
+    ending: str
+    fields: dict
+
+
+_LABELS = {"id2label": dict(enumerate("xyz")), "label2id": {name: index for index, name in enumerate("xyz")}}
+_TAGS = {"id2label": dict(enumerate(("O", "B-X", "I-X"))), "label2id": {"O": 0, "B-X": 1, "I-X": 2}}
+_ENDINGS = {"ForSequenceClassification": _LABELS, "ForTokenClassification": _TAGS, "ForQuestionAnswering": {}}
+_MEAN = {"classifier_pooling": "mean"}
+_BIASES = {"classifier_bias": True, "norm_bias": True}
+# Of ModernBERT also what its head can be.
+TASKS = {
+    f"{name} {ending}": TaskCase(name, ending, fields)
+    for name in ("BERT", "RoBERTa", "XLM-R", "ELECTRA generator", "DistilBERT", "ModernBERT")
+    for ending, fields in _ENDINGS.items()
+} | {
+    "ModernBERT ForSequenceClassification, mean": TaskCase("ModernBERT", "ForSequenceClassification", _MEAN | _LABELS),
+    "ModernBERT ForSequenceClassification, mean, biases, tanh, a number": TaskCase(
+        "ModernBERT",
+        "ForSequenceClassification",
+        _MEAN | _BIASES | {"classifier_activation": "tanh", "num_labels": 1, "problem_type": "regression"},
+    ),
+    "ModernBERT ForTokenClassification, biases, gelu_new": TaskCase(
+        "ModernBERT", "ForTokenClassification", _BIASES | _TAGS | {"classifier_activation": "gelu_new"}
+    ),
+    "ModernBERT ForQuestionAnswering, relu": TaskCase(
+        "ModernBERT", "ForQuestionAnswering", {"classifier_activation": "relu", "classifier_dropout": 0.25}
+    ),
 }
 
 
@@ -174,6 +215,55 @@ def compare(model: torch.nn.Module, workdir: pathlib.Path, *, detection: bool) -
         return Differences(float(whole), float(padded), float(np.abs(packed - alone).max()))
 
 
+def our_task_logits(workdir: pathlib.Path, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """The logits of a fine-tuned run: [B, 1, C] of texts, [B, L, C] of tokens."""
+    cfg = Workdir(workdir).read_config()
+    batch = {"tokens": tokens, "segment_ids": segment_ids}
+    if cfg.objective == "question_answering":
+        batch["allowed"] = np.ones_like(tokens)
+    with jax.set_mesh(make_mesh(ShardingConfig(), jax.devices()[:1])):
+        task = make_task(cfg, Compute.resolve(cfg.compute))
+        params, _ = read_params(Workdir(workdir), task)
+        return np.asarray(jax.jit(task.outputs)(params, batch))
+
+
+def compare_task(model: torch.nn.Module, workdir: pathlib.Path) -> tuple[float, float]:
+    """Their logits of a task against ours, as `compare` has them: of a row without padding, and of padded rows."""
+    pad_id = model.config.pad_token_id
+    tokens, segment_ids = rows(model.config.vocab_size, {pad_id}, LENGTHS, pad_id)
+
+    def theirs(count: int, **more: torch.Tensor) -> np.ndarray:
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor(tokens[:count].astype(np.int64)), **more)
+        if "start_logits" in found:
+            return torch.stack([found.start_logits, found.end_logits], -1).numpy()
+        return found.logits.numpy().reshape(count, -1, found.logits.shape[-1])
+
+    ours = our_task_logits(workdir, tokens, segment_ids)
+    whole = np.abs(our_task_logits(workdir, tokens[:1], segment_ids[:1]) - theirs(1)).max()
+    padded = np.abs(ours - theirs(len(tokens), attention_mask=torch.tensor(segment_ids.astype(np.int64))))
+    return float(whole), float(padded[segment_ids[:, : ours.shape[1]] > 0].max())
+
+
+def carry_task(name: str, base: pathlib.Path) -> tuple[tuple[float, float], tuple[float, float], bool]:
+    """`carry_theirs` of a fine-tuned model."""
+    case = TASKS[name]
+    model = build(case.name, base / "theirs", ending=case.ending, **case.fields)
+    import_folder(base / "theirs", base / "workdir")
+    imported = compare_task(model, base / "workdir")
+    export_run(base / "workdir", base / "out", model_type=model.config.model_type)
+    auto = getattr(transformers, f"AutoModel{case.ending}")
+    again, info = auto.from_pretrained(base / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(again) is type(model)
+    for field in case.fields:
+        assert getattr(again.config, field) == getattr(model.config, field), field
+    exported = compare_task(again.eval(), base / "workdir")
+    before, after = (safetensors.numpy.load_file(base / part / "model.safetensors") for part in ("theirs", "out"))
+    same = before.keys() == after.keys() and all(before[key].tobytes() == after[key].tobytes() for key in before)
+    return imported, exported, same
+
+
 def carry_theirs(name: str, base: pathlib.Path) -> tuple[Differences, Differences, bool]:
     """Differences after the import and after the export that follows it, and whether every tensor has its bytes again."""
     case, folder = THEIRS[name], base / "theirs"
@@ -234,6 +324,12 @@ def main() -> None:
                 print(f"| {name} | {direction} | {' | '.join(f'{value:.1e}' for value in found)} | {kept} |", flush=True)
         for direction, found in zip(("import", "export"), carry_neobert(pathlib.Path(folder) / "neobert"), strict=True):
             print(f"| NeoBERT, formulas in torch | {direction} | {' | '.join(f'{value:.1e}' for value in found)} | |")
+        for number, name in enumerate(TASKS):
+            *found, same = carry_task(name, pathlib.Path(folder) / f"task{number}")
+            for direction, values, kept in zip(
+                ("import", "import, export"), found, ("", "yes" if same else "no"), strict=True
+            ):
+                print(f"| {name} | {direction} | {' | '.join(f'{value:.1e}' for value in values)} | | {kept} |", flush=True)
         for number, name in enumerate(OURS):
             found = carry_ours(name, pathlib.Path(folder) / f"ours{number}")
             print(f"| ours: {name} | export | {' | '.join(f'{value:.1e}' for value in found)} | |", flush=True)

@@ -9,12 +9,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from interop_runs import MODERNBERT, small_tokenizer, write_random_run
 from interop_runs import config as pretrained_config
-from interop_runs import small_tokenizer
 
 from mlm_jax.cli import main
 from mlm_jax.config import ModelConfig, ShardingConfig, load_config
 from mlm_jax.finetune.job import Finetuning, finetune
+from mlm_jax.finetune.predict import predict
 from mlm_jax.finetune.prepare import prepare
 from mlm_jax.inference import open_run, read_params
 from mlm_jax.interop.load import write_run
@@ -268,6 +269,56 @@ def test_tags_and_answers_are_learned_too(folder, tmp_path, capsys, recipe, suff
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[measure] == pytest.approx(run[measure])
 
 
+@pytest.fixture(scope="module")
+def modern_run(tmp_path_factory) -> pathlib.Path:
+    return write_random_run(
+        tmp_path_factory.mktemp("modern") / "run", pretrained_config(**MODERNBERT | {"max_positions": 64})
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_taken"),
+    [
+        (("task.activation=gelu_erf",), True),
+        (("task.activation=tanh",), False),
+        (("task.activation=gelu_erf", "task.transform_bias=True"), False),
+    ],
+)
+@pytest.mark.parametrize(("recipe", "suffix"), [("finetune_sst2", "tsv"), ("finetune_wnut17", "conll")])
+def test_a_transform_begins_as_that_of_masked_tokens(folder, modern_run, recipe, suffix, overrides, is_taken):
+    """If it computes the same; what is behind it is drawn."""
+    given = arguments(folder, recipe, suffix, "task.stride=8", "task.transform=True", *overrides)
+    fields = [argument.removeprefix("--config.") for argument in given if argument.startswith("--config.")]
+    cfg = load_config(given[1], [*fields, f"init_from={modern_run}"], for_task=True)
+    with jax.set_mesh(make_mesh(ShardingConfig())), open_run(modern_run) as run:
+        job = Finetuning(prepare(cfg))
+        names = job.objective.loss_names + job.objective.metric_names
+        drawn = init_state(job.objective.init(jax.random.key(0)), make_optimizer(job.cfg), ema=False, names=names)
+        before, after = ({**state.params["head"]} for state in (drawn, job.begin(drawn)))
+        before, after = (head.get("output", head) for head in (before, after))
+        source = run.params["head"]
+        expected = {"dense_DD": source["transform_DD"], "norm": source["norm"]} if is_taken else before["transform"]
+        assert jax.tree.structure(after["transform"]) == jax.tree.structure(expected)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), after["transform"], expected)))
+        assert np.array_equal(after["output_DC"], before["output_DC"])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_modernbert_is_fine_tuned_and_exported(folder, modern_run, tmp_path, pooling):
+    """And, imported again, predicts the same."""
+    fields = ("task.transform=True", "task.activation=gelu_erf", f"task.pooling={pooling}", "stages[0].steps=10")
+    given = ["--init", str(modern_run), "--workdir", str(tmp_path / "run")]
+    assert main(["finetune", *arguments(folder, "finetune_sst2", "tsv", *fields), *given]) == 0
+    assert main(["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["architectures"] == ["ModernBertForSequenceClassification"] and raw["classifier_pooling"] == pooling
+    options = ["--config.task.text=sentence", "--config.stages[0].seq_len=24", "--config.task.buckets=(16,)"]
+    assert main(["import", "--from", str(tmp_path / "out"), "--workdir", str(tmp_path / "again"), *options]) == 0
+    found = [predict(tmp_path / name, f"{folder}/dev.tsv")[0] for name in ("run", "again")]
+    before, after = ([list(each["probabilities"].values()) for each in each_run] for each_run in found)
+    np.testing.assert_allclose(before, after, atol=1e-5)  # batches and the loop over layers differ
+
+
 def test_a_number_is_learned(folder, tmp_path):
     cfg = load(folder, "task.label=cats", "evaluation.every=0", "stages[0].steps=80", "task.pooling=mean", "task.metric=")
     run = finetune(dataclasses.replace(cfg, objective="regression"), tmp_path)["runs"][0]
@@ -312,6 +363,12 @@ def test_layers_nearer_to_the_text_move_less():
         (("stages[0].seq_len=65",), "exceeds the 64 positions of"),
         (("model.num_layers=3",), "the architecture is that of --init"),
         (("task.pooling=max",), "task.pooling='max' is none of cls, mean"),
+        (("task.activation=gelu_erf",), "with 'mean' has none: leave it out, or set task.transform"),
+        (
+            ("task.transform=True", "task.activation=mish"),
+            "task.activation='mish' is none of tanh, gelu_erf, gelu_tanh, relu",
+        ),
+        (("task.transform_bias=True",), "task.transform_bias=True is for the layer that task.transform adds: set both"),
         (("optimizer.layer_decay=0.0",), r"optimizer.layer_decay=0.0 must be in \(0, 1\]"),
     ],
 )

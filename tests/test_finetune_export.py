@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from interop_runs import config, small_tokenizer
+from interop_runs import MODERNBERT, NEOBERT, config, small_tokenizer
 from safetensors.numpy import load_file
 
 from mlm_jax.config import ShardingConfig, TaskConfig
@@ -28,13 +28,21 @@ FAMILIES = {
     "bert": {"num_token_types": 2},
     "roberta": {"position_offset": 1, "activation": "gelu_erf"},
     "electra": {"table_dim": 16, "activation": "gelu_erf"},
+    "modernbert": MODERNBERT,
 }
+# Of `TaskConfig`: the head that a class of ModernBERT has.
+TRANSFORM = {"transform": True, "activation": "gelu_erf"}
 LENGTHS = (5, 24, 11)
 
 
-def write_task(path, objective, task_activation="tanh", *, compute=False, **fields):
-    """A workdir with random parameters, and, to compare with, rows of some lengths and their logits."""
-    task = dataclasses.replace(KINDS[objective][1], activation=task_activation)
+def write_task(path, objective, head=None, *, compute=False, **fields):
+    """A workdir with random parameters, and, to compare with, rows of some lengths and their logits.
+
+    Args:
+        head: fields of `TaskConfig`.
+        fields: of the model.
+    """
+    task = dataclasses.replace(KINDS[objective][1], **(head or {}))
     cfg = dataclasses.replace(config(**fields), objective=objective, task=task)
     rng = np.random.default_rng(0)
     tokens = rng.integers(10, 250, (8, 24)).astype(np.int32)
@@ -66,13 +74,37 @@ def test_a_folder_has_the_classes_tensors_and_labels(tmp_path, objective):
     assert raw.get("num_labels", outputs) == outputs
 
 
+@pytest.mark.parametrize("objective", KINDS)
+def test_a_folder_of_modernbert_has_its_transform(tmp_path, objective):
+    head = TRANSFORM | {"activation": "tanh", "transform_bias": True, "pooling": "mean", "dropout": 0.25}
+    write_task(tmp_path / "run", objective, head, **MODERNBERT)
+    result = export_run(tmp_path / "run", tmp_path / "folder")
+    assert result["class"] == f"ModernBertFor{KINDS[objective][0]}"
+    raw = json.loads((tmp_path / "folder" / "config.json").read_text())
+    expected = {"pooling": "mean", "activation": "tanh", "bias": True, "dropout": 0.25}
+    assert {name: raw[f"classifier_{name}"] for name in expected} == expected and raw["hidden_activation"] == "gelu"
+    tensors = load_file(tmp_path / "folder" / "model.safetensors")
+    outputs = {"classification": 3, "regression": 1, "tagging": 5, "question_answering": 2}[objective]
+    shapes = {name: array.shape for name, array in tensors.items() if not name.startswith("model.")}
+    assert shapes == {
+        "head.dense.weight": (32, 32),
+        "head.dense.bias": (32,),
+        "head.norm.weight": (32,),
+        "classifier.weight": (outputs, 32),
+        "classifier.bias": (outputs,),
+    }
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("objective", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "modernbert, mean"])
 def test_transformers_computes_the_same(tmp_path, family, objective):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    activation = "gelu_erf" if family == "electra" and objective in ("classification", "regression") else "tanh"
-    batch, ours = write_task(tmp_path / "run", objective, activation, compute=True, **FAMILIES[family])
+    family, _, pooling = family.partition(", ")
+    head = TRANSFORM | {"pooling": pooling or "cls"} if family == "modernbert" else {}
+    if family == "electra" and objective in ("classification", "regression"):
+        head = {"activation": "gelu_erf"}
+    batch, ours = write_task(tmp_path / "run", objective, head, compute=True, **FAMILIES[family])
     assert export_run(tmp_path / "run", tmp_path / "folder")["model_type"] == family
     model = getattr(transformers, f"AutoModelFor{KINDS[objective][0]}").from_pretrained(tmp_path / "folder").eval()
     with torch.no_grad():
@@ -88,18 +120,25 @@ def test_transformers_computes_the_same(tmp_path, family, objective):
 
 
 @pytest.mark.parametrize(
-    ("pooling", "options", "message"),
+    ("head", "fields", "options", "message"),
     [
-        ("mean", {}, "task.pooling='mean' cannot be exported"),
-        ("cls", {"network": "generator"}, "--network=generator is for objective='rtd'"),
-        ("cls", {"model_type": "neobert"}, "model.positions='learned', and neobert computes with 'rope'"),
-        ("cls", {"model_type": "electra"}, "texts of electra computes gelu_erf where this run's task.activation is 'tanh'"),
+        ({"pooling": "mean"}, {}, {}, "task.pooling='mean' cannot be exported"),
+        ({}, {}, {"network": "generator"}, "--network=generator is for objective='rtd'"),
+        ({}, {}, {"model_type": "neobert"}, "model.positions='learned', and neobert computes with 'rope'"),
+        ({}, {}, {"model_type": "electra"}, "texts of electra computes gelu_erf where this run's task.activation is 'tanh'"),
+        (
+            {},
+            MODERNBERT,
+            {},
+            "this run's lacks: fine-tune with --config.task.transform=True, and --config.task.activation=gelu",
+        ),
+        ({"pooling": "mean"}, MODERNBERT, {}, "this run's lacks: fine-tune with --config.task.transform=True"),
+        (TRANSFORM, {}, {}, "task.transform=True cannot be exported as bert: of transformers' heads only modernbert's"),
+        (TRANSFORM, NEOBERT, {}, "the heads of tasks of neobert are other functions than ours"),
     ],
 )
-def test_what_transformers_has_not_is_refused(tmp_path, monkeypatch, pooling, options, message):
-    kind, task = KINDS["classification"]
-    monkeypatch.setitem(KINDS, "classification", (kind, dataclasses.replace(task, pooling=pooling)))
-    write_task(tmp_path / "run", "classification")
+def test_what_transformers_has_not_is_refused(tmp_path, head, fields, options, message):
+    write_task(tmp_path / "run", "classification", head, **fields)
     with pytest.raises(UserError, match=message):
         export_run(tmp_path / "run", tmp_path / "folder", **options)
     assert not (tmp_path / "folder").exists()

@@ -372,6 +372,11 @@ def test_a_config_that_cannot_be_imported(fields, message, tmp_path):
             "hidden_act='gelu', a field of which .* mean 'hidden_activation'",
         ),
         ("modernbert", {"classifier_activation": "relu"}, "classifier_activation='relu' and hidden_activation='gelu', and"),
+        (
+            "modernbert",
+            {"classifier_bias": True},
+            "classifier_bias=True, and the masked-language-model head is computed here w",
+        ),
         ("modernbert", {"rope_scaling": {"factor": 2.0}}, "rope_scaling=.*, and only None is computed here"),
         (
             "modernbert",

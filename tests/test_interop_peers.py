@@ -40,6 +40,24 @@ def test_a_model_of_theirs_there_and_back(name, tmp_path):
     assert same
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n.startswith("ModernBERT") else pytest.mark.slow) for n in parity.TASKS]
+)
+def test_a_fine_tuned_model_of_theirs_there_and_back(name, tmp_path):
+    imported, exported, same = parity.carry_task(name, tmp_path)
+    assert max(imported) < LIMIT and max(exported) < LIMIT
+    assert same
+
+
+def test_the_comparison_of_tasks_can_fail(tmp_path):
+    """By the pooling alone: the weights are the same."""
+    case = parity.TASKS["ModernBERT ForSequenceClassification, mean"]
+    model = parity.build(case.name, tmp_path / "theirs", ending=case.ending, **case.fields)
+    import_folder(tmp_path / "theirs", tmp_path / "workdir")
+    model.config.classifier_pooling = "cls"
+    assert max(parity.compare_task(model, tmp_path / "workdir")) > LIMIT
+
+
 @pytest.mark.parametrize("name", parity.OURS)
 def test_a_model_of_ours(name, tmp_path):
     assert max(parity.carry_ours(name, tmp_path)) < LIMIT

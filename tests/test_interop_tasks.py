@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_finetune_export import write_task
+from interop_runs import MODERNBERT
+from test_finetune_export import TRANSFORM, write_task
 
 from mlm_jax.cli import main
 from mlm_jax.config import ShardingConfig
@@ -23,6 +24,14 @@ from mlm_jax.workdir import Workdir
 FAMILIES = {
     "electra": {"table_dim": 16, "num_token_types": 2, "activation": "gelu_erf"},
     "distilbert": {"activation": "relu"},
+    "modernbert": MODERNBERT,
+}
+HEADS = {
+    ("electra", "regression"): {"activation": "gelu_erf"},
+    ("modernbert", "classification"): TRANSFORM | {"pooling": "mean", "activation": "gelu_tanh", "dropout": 0.25},
+    ("modernbert", "regression"): TRANSFORM | {"transform_bias": True},
+    ("modernbert", "tagging"): TRANSFORM | {"activation": "tanh"},
+    ("modernbert", "question_answering"): TRANSFORM | {"dropout": 0.0},
 }
 
 
@@ -36,16 +45,16 @@ def params_of(path) -> dict:
 
 @pytest.mark.parametrize(
     ("family", "objective"),
-    [("electra", "regression"), ("distilbert", "question_answering")],
+    [*HEADS, ("distilbert", "question_answering")],
 )
 def test_a_run_of_ours_there_and_back(family, objective, tmp_path):
-    options = {"task_activation": "gelu_erf"} if (family, objective) == ("electra", "regression") else {}
-    write_task(tmp_path / "run", objective, **options, **FAMILIES[family])
+    write_task(tmp_path / "run", objective, HEADS.get((family, objective)), **FAMILIES[family])
     export_run(tmp_path / "run", tmp_path / "out", model_type=family)
     result = import_folder(tmp_path / "out", tmp_path / "again")
     assert (result["objective"], result["model_type"], result["recipe"]) == (objective, family, "")
     before, after = (Workdir(tmp_path / path).read_config() for path in ("run", "again"))
-    assert (after.task.labels, after.task.activation) == (before.task.labels, before.task.activation)
+    names = ("labels", "activation", "transform", "transform_bias", "pooling", "dropout")
+    assert {name: getattr(after.task, name) for name in names} == {name: getattr(before.task, name) for name in names}
     old, new = params_of(tmp_path / "run"), params_of(tmp_path / "again")
     assert old.keys() == new.keys()
     assert all(old[name].tobytes() == new[name].tobytes() for name in old)
@@ -100,15 +109,50 @@ def test_tags_in_another_order(tmp_path):
     ],
 )
 def test_heads_that_cannot_be_imported(fields, message, folder, tmp_path):
+    assert_refused(folder, fields, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"classifier_pooling": "max"}, "has classifier_pooling='max', and only cls, mean are computed here"),
+        ({"classifier_activation": "mish"}, "has classifier_activation='mish', and only gelu, .*tanh are computed here"),
+        ({"classifier_activation": ["gelu"]}, r"has classifier_activation=\['gelu'\], and only gelu"),
+        ({"classifier_bias": "yes"}, "has classifier_bias='yes', which is neither true nor false"),
+        ({"classifier_bias": True}, "the tensor head.dense.bias is missing"),
+        ({"classifier_dropout": 1.5}, "has classifier_dropout=1.5, which is no share of 0 to below 1"),
+        ({"norm_bias": True}, r"the tensor model\.\S+norm.bias is missing"),
+        (
+            {"architectures": ["ModernBertForMultipleChoice"]},
+            "whose head is not known here: of modernbert those for pre-train",
+        ),
+        ({"architectures": ["ModernBertForQuestionAnswering"]}, r"classifier.weight is \[3, 32\], .* it is \[2, 32\]"),
+        ({"architectures": ["ModernBertForMaskedLM"]}, "the tensor decoder.bias is missing"),
+    ],
+)
+def test_heads_of_modernbert_that_cannot_be_imported(fields, message, modern_folder, tmp_path):
+    assert_refused(modern_folder, fields, message, tmp_path)
+
+
+def test_heads_of_neobert_cannot_be_imported(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "neobert", "architectures": ["NeoBERTForSequenceClassification"]})
+    )
+    with pytest.raises(UserError, match=r"heads of tasks are read of bert, .*, modernbert only"):
+        import_folder(tmp_path, tmp_path / "workdir")
+
+
+def assert_refused(folder, fields, message, base):
+    """That the folder with other fields in its config.json cannot be imported, for this reason, and leaves nothing."""
     config = json.loads((folder / "config.json").read_text())
     for file in folder.iterdir():
-        (tmp_path / "folder").mkdir(exist_ok=True)
-        (tmp_path / "folder" / file.name).symlink_to(file)
-    (tmp_path / "folder" / "config.json").unlink()
-    (tmp_path / "folder" / "config.json").write_text(json.dumps(config | fields))
+        (base / "folder").mkdir(exist_ok=True)
+        (base / "folder" / file.name).symlink_to(file)
+    (base / "folder" / "config.json").unlink()
+    (base / "folder" / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(UserError, match=message):
-        import_folder(tmp_path / "folder", tmp_path / "workdir")
-    assert not (tmp_path / "workdir").exists()
+        import_folder(base / "folder", base / "workdir")
+    assert not (base / "workdir").exists()
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +160,15 @@ def folder(tmp_path_factory):
     """An exported classifier of texts."""
     base = tmp_path_factory.mktemp("classifier")
     write_task(base / "run", "classification")
+    export_run(base / "run", base / "out")
+    return base / "out"
+
+
+@pytest.fixture(scope="module")
+def modern_folder(tmp_path_factory):
+    """The same of ModernBERT."""
+    base = tmp_path_factory.mktemp("modern")
+    write_task(base / "run", "classification", TRANSFORM, **MODERNBERT)
     export_run(base / "run", base / "out")
     return base / "out"
 

@@ -476,9 +476,13 @@ def _check_task(cfg: Config) -> None:
         f"{kind!r} must be 'classification'",
     )
     _require(
-        task.activation == "tanh" or (kind in ("classification", "regression") and task.pooling == "cls"),
+        task.activation == "tanh" or task.transform or (kind in ("classification", "regression") and task.pooling == "cls"),
         f"task.activation={task.activation!r} is for the dense layer of classification and regression with "
-        f"task.pooling='cls', and objective={kind!r} with {task.pooling!r} has none: leave it out",
+        f"task.pooling='cls', and objective={kind!r} with {task.pooling!r} has none: leave it out, or set task.transform",
+    )
+    _require(
+        task.transform or not task.transform_bias,
+        "task.transform_bias=True is for the layer that task.transform adds: set both, or leave it out",
     )
     buckets = task.buckets
     _require(
@@ -499,7 +503,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "masking.random_from": ("regular", "vocab"),
     "masking.schedule": ("constant", "linear", "cosine", "step"),
     "task.pooling": ("cls", "mean"),
-    "task.activation": ("tanh", "gelu_erf", "relu"),
+    "task.activation": ("tanh", "gelu_erf", "gelu_tanh", "relu", "silu"),
     "rtd.embedding_sharing": ("tied", "disentangled"),
     "optimizer.name": ("adamw", "stable_adamw", "lamb"),
     "optimizer.schedule": _SCHEDULES,

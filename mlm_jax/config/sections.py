@@ -242,7 +242,9 @@ class TaskConfig:
     labels: tuple[str, ...] = ()  # as their ids count them; empty: those found in train, sorted (tagging: without B- and I-)
     class_weights: tuple[float, ...] = ()  # of the loss, for classification, in the same order; empty: all 1
     pooling: str = "cls"  # cls (the first token, through a dense layer) | mean; for classification and regression
-    activation: str = "tanh"  # of that dense layer: tanh (BERT, RoBERTa) | gelu_erf (ELECTRA) | relu (DistilBERT)
+    activation: str = "tanh"  # of it: tanh (BERT) | gelu_erf (ELECTRA, ModernBERT) | relu (DistilBERT) | gelu_tanh | silu
+    transform: bool = False  # ModernBERT: a norm stands behind that layer, and both before every task's output
+    transform_bias: bool = False  # whether it then has a bias
     stride: int = 64  # tagging and answers: tokens between the beginnings of the windows that a long text is divided into
     max_answer_tokens: int = 30
     null_answers: bool = False  # SQuAD 2.0: a question may have no answer

@@ -17,7 +17,7 @@ from mlm_jax.finetune import metrics
 from mlm_jax.finetune.apply import Apply
 from mlm_jax.finetune.prepare import Prepared, prepare
 from mlm_jax.finetune.table import Schedule, bucket_lengths
-from mlm_jax.inference import read_encoder
+from mlm_jax.inference import read_network
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Batch, Trainable, make_task
 from mlm_jax.sharding import ROWS, place
@@ -94,15 +94,33 @@ class Finetuning:
         self.apply = Apply(task, pad_id=self.pad_id, buckets=buckets, batch_size=rows)
 
     def begin(self, state: TrainState) -> TrainState:
-        """The encoder of `init_from` under a head that was drawn, or all as it was drawn; see `loop.Job`."""
+        """The encoder of `init_from` under a head that was drawn, or all as it was drawn; see `loop.Job`.
+
+        Of the head a transform is the one before the decoder of masked tokens, if there is one that computes the same: so
+        begin transformers' models of ModernBERT.
+        """
         if self.cfg.task.random_init:
             return state
-        encoder, step = read_encoder(Workdir(self.cfg.init_from), self.objective.compute)
+        network, step = read_network(Workdir(self.cfg.init_from), self.objective.compute)
         logger.info("beginning with the encoder of %s at step %d", self.cfg.init_from, step)
-        placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), encoder, state.params["encoder"])
-        params = state.params | {"encoder": placed}
+        params = state.params | {"encoder": _place_like(network["encoder"], state.params["encoder"])}
+        if self.cfg.task.transform:
+            params["head"] = self._with_transform(state.params["head"], network["head"])
         # Each leaf is its own buffer: a donated state must not hold one array twice.
         return dataclasses.replace(state, params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+    def _with_transform(self, drawn: Any, pretrained: Any) -> Any:
+        """A head with the transform of another; the two name its parts differently."""
+        inner = drawn.get("output", drawn)  # of a head for texts, that for tokens
+        own = inner["transform"]
+        names = {"transform_DD": "dense_DD", "transform_bias_D": "dense_bias_D", "norm": "norm"}
+        found = {ours: pretrained[name] for name, ours in names.items() if name in pretrained}
+        same_shapes = jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, own)
+        if not same_shapes or self.cfg.task.activation != self.cfg.model.activation:
+            logger.info("the head's transform is drawn: the run to begin with has none of its shapes and activation")
+            return drawn
+        inner = inner | {"transform": _place_like(found, own)}
+        return drawn | {"output": inner} if "output" in drawn else inner
 
     def enter(self, index: int, done: int) -> loop.Leg:
         """The task, and batches of rows of similar lengths."""
@@ -125,6 +143,10 @@ class Finetuning:
         values = prepared.kind.measure(prepared.dev_examples, found)
         logger.info("step %d dev: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         return dict(values)
+
+
+def _place_like(new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), new, old)
 
 
 def format_result(result: dict[str, Any]) -> str:

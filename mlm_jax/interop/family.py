@@ -10,7 +10,7 @@ from typing import Any
 from mlm_jax.config import ModelConfig
 
 
-def _nothing_more(_: Any) -> dict[str, Any]:
+def _nothing_more(*_: Any) -> dict[str, Any]:
     return {}
 
 
@@ -28,7 +28,7 @@ class Family:
         activation: theirs of the activation's name; empty where `architecture` has it.
         positions_follow_padding: whether its position table begins with as many unused rows as the padding id plus one.
         head_activation: what its masked head computes whatever the activation is.
-        read: what else there is of ours, from the fields of a config.json with `defaults`.
+        read: what else there is of ours, from the fields of a config.json with `defaults`, and which network it is of.
         write: what else there is of theirs, from our architecture.
     """
 
@@ -42,7 +42,7 @@ class Family:
     activation: str
     positions_follow_padding: bool = False
     head_activation: str = ""
-    read: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing_more
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]] = _nothing_more
     write: Callable[[ModelConfig], dict[str, Any]] = _nothing_more
 
     @property

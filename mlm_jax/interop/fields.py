@@ -7,10 +7,9 @@ from mlm_jax.config import ModelConfig
 from mlm_jax.config.conversion import build, nearest
 from mlm_jax.errors import UserError
 from mlm_jax.interop.families import FAMILIES
-from mlm_jax.interop.family import Family
 
 # Their names of an activation: ours. The first for each of ours is written.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "gelu_erf",
     "gelu_python": "gelu_erf",
     "gelu_new": "gelu_tanh",
@@ -29,7 +28,7 @@ def read_model(raw: Mapping[str, Any], network: str) -> ModelConfig:
 
     Args:
         raw: its content.
-        network: "masked" or "detection", which head it has.
+        network: "masked", "detection" or "task", which head it has.
 
     Raises:
         UserError: another architecture, a field that is not known, or a value that is not computed here.
@@ -50,11 +49,11 @@ def read_model(raw: Mapping[str, Any], network: str) -> ModelConfig:
     if family.positions_follow_padding:
         values |= _positions_behind_padding(model_type, whole)
     if family.activation:
-        values["activation"] = _activation(whole, family)
+        values["activation"] = our_activation(whole, family.activation, ACTIVATIONS)
         found = f"config.json has {family.activation}={whole[family.activation]!r}"
         _check_head(model_type, values["activation"], network, found)
     try:
-        values |= family.read(whole)
+        values |= family.read(whole, network)
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"config.json is none of a {model_type}: {error}") from error
     model: ModelConfig = build(ModelConfig, values, "model")
@@ -71,13 +70,16 @@ def _positions_behind_padding(model_type: str, whole: Mapping[str, Any]) -> dict
     return {"position_offset": padding + 1, "max_positions": positions - padding - 1}
 
 
-def _activation(whole: Mapping[str, Any], family: Family) -> str:
-    name = whole[family.activation]
-    if name not in _ACTIVATIONS:
-        raise UserError(
-            f"config.json has {family.activation}={name!r}, and only {', '.join(_ACTIVATIONS)} are computed here"
-        )
-    return _ACTIVATIONS[name]
+def our_activation(whole: Mapping[str, Any], field: str, known: Mapping[str, str]) -> str:
+    """Ours of the activation that a field of a config.json names.
+
+    Raises:
+        UserError: it is none of those that are known.
+    """
+    name = whole[field]
+    if not isinstance(name, str) or name not in known:
+        raise UserError(f"config.json has {field}={name!r}, and only {', '.join(known)} are computed here")
+    return known[name]
 
 
 def family_of(raw: Mapping[str, Any]) -> str:
@@ -160,7 +162,7 @@ def write_model(model: ModelConfig, model_type: str, network: str, ids: Mapping[
     if "max_position_embeddings" in values:
         values["max_position_embeddings"] += model.position_offset
     if family.activation:
-        theirs = next(name for name, ours in _ACTIVATIONS.items() if ours == model.activation)
+        theirs = next(name for name, ours in ACTIVATIONS.items() if ours == model.activation)
         values |= {name: theirs for name in (family.activation, "classifier_activation") if name in family.defaults}
     special = {"pad_token_id": ids["pad"]}
     if family.positions_follow_padding or model_type == "modernbert":

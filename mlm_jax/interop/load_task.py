@@ -30,9 +30,9 @@ def task_config(folder: Folder, tokenizer: pathlib.Path, overrides: Sequence[str
     task = TaskConfig(
         train=str(folder.path),
         labels=labels,
-        activation=head.activation,
         null_answers=head.objective == "question_answering",
         metric=TASKS[head.objective][0],
+        **head.fields,
     )
     cfg = Config(
         name=folder.path.resolve().name,

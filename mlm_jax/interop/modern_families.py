@@ -8,13 +8,10 @@ from mlm_jax.errors import UserError
 from mlm_jax.interop.family import FIXED, HARMLESS, Family
 
 
-def _read_modernbert(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _read_modernbert(raw: Mapping[str, Any], network: str) -> dict[str, Any]:
     """Which layers are local, their window, and the two rotary bases, in the fields of today and of 2024."""
-    if raw["classifier_activation"] != raw["hidden_activation"]:
-        raise UserError(
-            f"config.json has classifier_activation={raw['classifier_activation']!r} and hidden_activation="
-            f"{raw['hidden_activation']!r}, and here the head's activation is that of the layers"
-        )
+    if network != "task":
+        _check_masked_head(raw)
     every, window = raw["global_attn_every_n_layers"], raw["local_attention"]
     kinds = raw["layer_types"]
     if kinds is not None:
@@ -38,6 +35,20 @@ def _read_modernbert(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rope_base": bases["full_attention"],
         "local_rope_base": bases["sliding_attention"],
     }
+
+
+def _check_masked_head(raw: Mapping[str, Any]) -> None:
+    """Whether it computes what ours does, whose fields are the layers'."""
+    if raw["classifier_activation"] != raw["hidden_activation"]:
+        raise UserError(
+            f"config.json has classifier_activation={raw['classifier_activation']!r} and hidden_activation="
+            f"{raw['hidden_activation']!r}, and here the head's activation is that of the layers"
+        )
+    if raw["classifier_bias"]:
+        raise UserError(
+            f"config.json has classifier_bias={raw['classifier_bias']!r}, and the masked-language-model head is computed "
+            "here without"
+        )
 
 
 def _write_modernbert(model: ModelConfig) -> dict[str, Any]:
@@ -88,6 +99,8 @@ MODERNBERT = Family(
         "tie_word_embeddings": True,
         "hidden_activation": "gelu",
         "classifier_activation": "gelu",
+        "classifier_bias": False,
+        "classifier_pooling": "cls",
         "pad_token_id": 50283,
         "local_attention": 128,
         "layer_types": None,
@@ -100,14 +113,13 @@ MODERNBERT = Family(
     | {
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "classifier_bias": (False,),
         "decoder_bias": (True,),
         "embedding_dropout": (0.0,),
         "mlp_dropout": (0.0,),
         "rope_scaling": (None,),
     },
     harmless=HARMLESS
-    | {"initializer_cutoff_factor", "classifier_pooling", "deterministic_flash_attn", "sparse_prediction"}
+    | {"initializer_cutoff_factor", "deterministic_flash_attn", "sparse_prediction"}
     | {"sparse_pred_ignore_index", "reference_compile", "repad_logits_with_grad", "layer_norm_eps"},
     architecture={
         "languages": (),
@@ -198,6 +210,6 @@ NEOBERT = Family(
         "local_window": 0,
     },
     activation="",
-    read=lambda raw: {"mlp_dim": _gated_width(raw["intermediate_size"])},
+    read=lambda raw, _: {"mlp_dim": _gated_width(raw["intermediate_size"])},
     write=_write_neobert,
 )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlm_jax import flops, masking
-from mlm_jax.config import Config
+from mlm_jax.config import Config, TaskConfig
 from mlm_jax.model import patches
 from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.heads import MaskedLanguageHead, gather_positions
@@ -35,7 +35,7 @@ class ImageTextModel(nnx.Module):
         self.encoder = Encoder(cfg.model, compute, rngs=rngs)
         self.head = MaskedLanguageHead(cfg.model, rngs=rngs)
         if cfg.image_text.match_weight:
-            self.match_head = TextHead(cfg.model, 2, "cls", "tanh", rngs=rngs)
+            self.match_head = TextHead(cfg.model, 2, TaskConfig(), rngs=rngs)
         if cfg.image_text.patch_mask_rate:
             self.patch_head = PatchHead(cfg.model, rngs=rngs)
 

@@ -40,11 +40,9 @@ class TaskModel(nnx.Module):
         self.encoder = Encoder(cfg.model, compute, rngs=rngs)
         self.reads_text = cfg.objective in ("classification", "regression")
         if self.reads_text:
-            self.head: TextHead | TokenHead = TextHead(
-                cfg.model, num_outputs(cfg), cfg.task.pooling, cfg.task.activation, rngs=rngs
-            )
+            self.head: TextHead | TokenHead = TextHead(cfg.model, num_outputs(cfg), cfg.task, rngs=rngs)
         else:
-            self.head = TokenHead(cfg.model, num_outputs(cfg), rngs=rngs)
+            self.head = TokenHead(cfg.model, num_outputs(cfg), cfg.task, rngs=rngs)
 
     def __call__(self, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Float32 logits [B, 1, C] of texts, or [B, L, C] of tokens."""
