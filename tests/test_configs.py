@@ -62,21 +62,21 @@ SIZES = {
     "neobert": (245_136_954, [2_097_152] * 3),
     "mosaicbert_base": (137_400_384, [524_288]),
     "distilbert_base": (66_985_530, [2_097_152]),
-    **{f"compare_mini:{variant}": (5_462_272, [2_048]) for variant in ("mlm", "whole_word", "diffusion", "hybrid")},
-    "compare_mini:span": (5_722_808, [2_048]),
-    "compare_mini:rtd": (5_695_553, [2_048]),
+    **{f"compare_mini:{variant}": (5_335_552, [2_048]) for variant in ("mlm", "whole_word", "diffusion", "hybrid")},
+    "compare_mini:span": (5_595_064, [2_048]),
+    "compare_mini:rtd": (5_566_721, [2_048]),
     "xlmr_base": (278_294_418, [4_194_304]),
     "xlmr_large": (560_141_458, [4_194_304]),
     "chem_mini": (3_427_272, [4_096]),
     "protein_mini": (7_676_193, [4_096]),
     "code_mini": (5_462_272, [2_048]),
     "biomed_mini": (5_462_272, [2_048]),
-    "multilingual_mini": (7_567_616, [2_048]),
+    "multilingual_mini": (7_440_896, [2_048]),
     "emoji_mini": (604_034, [768]),
     "vilt_base": (112_217_660, [163_840]),
-    "tlm_mini:tlm": (7_567_616, [2_048]),
-    "tlm_mini:xlm": (7_568_640, [2_048]),
-    "tlm_mini:mlm": (7_567_616, [2_048]),
+    "tlm_mini:tlm": (7_440_896, [2_048]),
+    "tlm_mini:xlm": (7_441_920, [2_048]),
+    "tlm_mini:mlm": (7_440_896, [2_048]),
 }
 
 # The rate at named steps: half of the warm-up, its end, halfway down, the end.
@@ -162,13 +162,15 @@ def count_head(model: config.ModelConfig) -> int:
 
 def count_discriminator(model: config.ModelConfig) -> int:
     """With the embeddings, which are the generator's too, and its head: a dense layer and one logit."""
-    return count_embeddings(model) + count_layers(model) + model.embed_dim**2 + 2 * model.embed_dim + 1
+    head = (model.embed_dim + model.biases) * model.embed_dim + model.embed_dim + 1
+    return count_embeddings(model) + count_layers(model) + head
 
 
 def count_boundary_head(cfg: config.Config) -> int:
     dim, span = cfg.model.embed_dim, cfg.span_boundary
-    inputs = 2 * dim + span.position_dim
-    return span.max_targets * span.position_dim + inputs * dim + dim * dim + 2 * (dim + 2 * dim) + cfg.model.vocab_size
+    inputs, bias = 2 * dim + span.position_dim, int(cfg.model.biases)
+    dense = (inputs + bias) * dim + (dim + bias) * dim
+    return span.max_targets * span.position_dim + dense + 2 * count_norm(cfg.model, dim) + cfg.model.vocab_size
 
 
 def count_images(cfg: config.Config) -> int:
