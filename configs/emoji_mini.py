@@ -4,7 +4,8 @@ Command:
     mlm-jax train --config configs/emoji_mini.py --workdir runs/emoji \
         --config.data.source='images:emoji/labels.jsonl?field=name,keywords&tar=emoji/images_png64.tar'
 Then: mlm-jax fill-mask --workdir runs/emoji --image rocket.png "[MASK], travel"
-Expected: 604,034 parameters, 768 tokens and 2,048 patches a step.
+Expected: 604,034 parameters, 768 tokens and 2,048 patches a step; held-out loss 3.70 with the right image, 3.90 with none,
+4.00 with another's.
 Reference topology: one machine with 2 CPU cores.
 
 Sources: shape and optimizer are ours, and so is everything else but the objective: whole words masked, and half of the
