@@ -34,7 +34,7 @@ def describe(cfg: Config, stage_index: int, topology: Topology, program: Program
         "dtype": compute.dtype.name,
         "layers": "scan" if compute.scan_layers else "unroll",
         "remat": compute.remat,
-        "attention": attention_of(cfg, stage_index, compute),
+        "attention": attention_of(cfg, stage_index, compute, program.mesh),
         "compile_seconds": program.compile_seconds,
         "memory": {"kinds": memory, "total": sum(memory.values()), "limit": topology.chip.hbm_bytes},
         **_estimate(cfg, stage, topology, program),

@@ -93,15 +93,17 @@ def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device
     """The model's size, and the attention that a stage of it takes on these devices, without compiling anything."""
     compute = Compute.resolve(cfg.compute, devices[0])
     objective = make_objective(cfg, compute, stage_index)
-    with jax.set_mesh(make_mesh(ShardingConfig(), devices[:1])):
+    mesh = make_mesh(ShardingConfig(), devices[:1])
+    with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))  # no key is made: these devices cannot compute
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes)), attention_of(cfg, stage_index, compute)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes)), attention_of(cfg, stage_index, compute, mesh)
 
 
-def attention_of(cfg: Config, stage_index: int, compute: Compute) -> str:
-    """The implementation of attention that a stage takes."""
+def attention_of(cfg: Config, stage_index: int, compute: Compute, mesh: jax.sharding.Mesh) -> str:
+    """The implementation of attention that a stage takes on a mesh, which decides how many heads a device has."""
     length = cfg.stages[stage_index].seq_len + cfg.model.num_patches
-    return choose_implementation(compute.attention, cfg.model, length, compute.platform, compute.dtype)
+    with jax.set_mesh(mesh):
+        return choose_implementation(compute.attention, cfg.model, length, compute.platform, compute.dtype)
 
 
 def abstract_state(cfg: Config, objective: Objective, optimizer: Any) -> TrainState:
