@@ -11,7 +11,8 @@ from test_model import PLAIN, gradient, init, make_rows, replace
 
 from mlm_jax.compile.cost import kernel_flops
 from mlm_jax.compile.hlo import parse_module
-from mlm_jax.config import ShardingConfig
+from mlm_jax.compile.program import attention_of
+from mlm_jax.config import Config, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
 from mlm_jax.model.attention import Sight, _row, attend, choose_implementation
 from mlm_jax.model.row_attention import refusals
@@ -140,6 +141,10 @@ def test_heads_are_those_of_a_device():
         with pytest.raises(UserError, match="'row' cannot be used: 1 heads of 64 on a device do not fill 128 lanes"):
             choose_implementation("row", model, 128, "tpu", BFLOAT16)
     assert choose_implementation("auto", model, 128, "tpu", BFLOAT16, causal_rows=True) == "row"
+    cfg = Config("tiny", model=model, stages=(StageConfig(steps=1, seq_len=128, batch_size=8),))
+    compute = dataclasses.replace(PLAIN, attention="auto", platform="tpu")
+    meshes = [make_mesh(ShardingConfig(data=1, fsdp=-1, tensor=tensor)) for tensor in (1, 2)]
+    assert [attention_of(cfg, 0, compute, mesh) for mesh in meshes] == ["row", "splash"]
     assert "no multiple of 128 up to 512" in refusals(64, 2, 1024)[0]
 
 
