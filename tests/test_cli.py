@@ -114,7 +114,12 @@ def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "own"),
     [
-        pytest.param(("objective=span", "masking.policy=span", "masking.rate=0.25"), ["sbo", "sbo_accuracy"], id="span"),
+        pytest.param(
+            ("objective=span", "masking.policy=span", "masking.rate=0.25"),
+            ["sbo", "sbo_accuracy"],
+            id="span",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("masking.policy=pmi", "masking.schedule=linear", "masking.final_rate=0.3"), [], id="pmi", marks=pytest.mark.slow
         ),
@@ -142,7 +147,7 @@ def test_another_objective_and_policy_by_the_config_alone(train, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("objective", "losses", "measure"),
-    [("diffusion", ("loss",), "bound"), ("hybrid", ("masked", "causal"), "causal")],
+    [("diffusion", ("loss",), "bound"), pytest.param("hybrid", ("masked", "causal"), "causal", marks=pytest.mark.slow)],
 )
 def test_other_objectives_train_are_measured_fill_and_generate(objective, losses, measure, train, tmp_path, capsys):
     path = tmp_path / objective
@@ -200,6 +205,7 @@ def test_prepare_shows_the_words_and_tokens_of_each_split(workdir, source, capsy
     assert [a + b for a, b in zip(*counted.values(), strict=True)][:2] == [len(texts), sum(len(t.split()) for t in texts)]
 
 
+@pytest.mark.slow
 def test_no_more_passes_than_are_allowed(workdir, train, tmp_path, capsys):
     found = json.loads((workdir / "data" / "manifest.json").read_text())["rows"]["32"]["train"]["rows"]
     steps, options = 2 * found // 16, ("--data", str(workdir / "data"))
@@ -242,6 +248,7 @@ def test_sigterm_saves_and_the_same_command_ends_as_if_nothing_had_been(workdir,
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_stages_of_two_lengths_and_accumulation_make_one_run(train, tmp_path, capsys):
     path = tmp_path / "stages"
     recipe = tmp_path / "two.py"

@@ -255,7 +255,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("recipe", "suffix", "measure", "least", "overrides"),
     [
-        ("finetune_wnut17", "conll", "f1", 0.9, ("task.stride=8",)),
+        pytest.param("finetune_wnut17", "conll", "f1", 0.9, ("task.stride=8",), marks=pytest.mark.slow),
         ("finetune_qamr", "json", "exact_match", 0.7, ("stages[0].steps=80", "task.stride=8")),
     ],
 )
@@ -303,7 +303,7 @@ def test_a_transform_begins_as_that_of_masked_tokens(folder, modern_run, recipe,
         assert np.array_equal(after["output_DC"], before["output_DC"])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("pooling", ["cls", pytest.param("mean", marks=pytest.mark.slow)])
 def test_a_modernbert_is_fine_tuned_and_exported(folder, modern_run, tmp_path, pooling):
     """And, imported again, predicts the same."""
     fields = ("task.transform=True", "task.activation=gelu_erf", f"task.pooling={pooling}", "stages[0].steps=10")
@@ -319,6 +319,7 @@ def test_a_modernbert_is_fine_tuned_and_exported(folder, modern_run, tmp_path, p
     np.testing.assert_allclose(before, after, atol=1e-5)  # batches and the loop over layers differ
 
 
+@pytest.mark.slow
 def test_a_number_is_learned(folder, tmp_path):
     cfg = load(folder, "task.label=cats", "evaluation.every=0", "stages[0].steps=80", "task.pooling=mean", "task.metric=")
     run = finetune(dataclasses.replace(cfg, objective="regression"), tmp_path)["runs"][0]

@@ -17,6 +17,7 @@ def source(tmp_path: pathlib.Path) -> str:
     return f"files:{file}?documents=blank_line"
 
 
+@pytest.mark.slow
 def test_two_kills_change_nothing(tmp_path, source):
     assert len(kill_resume(tmp_path, kills=2, seed=1, training=Training(source))) == 2
 

@@ -152,6 +152,7 @@ def test_the_sentences_of_a_pair_see_each_other_at_positions_of_their_own(logits
     np.testing.assert_allclose(beside[:9], joined, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_pairs_and_text_evaluates_both(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pairs.tsv").write_text(TSV)
     (tmp_path / "text.txt").write_text("".join(f"{german} {i}\n" for i, (german, _) in enumerate(PAIRS)))
