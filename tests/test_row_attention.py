@@ -51,7 +51,7 @@ def value_and_gradients(function, arrays):
 def by_xla(arrays, segment_ids, causal, slopes, heads):
     def attention(*flat):
         shape = (*flat[0].shape[:2], heads, -1)
-        apart = (x.reshape(shape).swapaxes(1, 2) for x in flat)
+        apart = (jax.reshard(x.reshape(shape).swapaxes(1, 2), SHARDING.heads_BHLK) for x in flat)
         sight = Sight("xla", jnp.asarray(segment_ids), None if causal is None else jnp.asarray(causal), slopes=slopes)
         mixed = attend(*apart, sight).swapaxes(1, 2)
         return jnp.reshape(mixed, flat[0].shape, out_sharding=SHARDING.mlp_BLF)
