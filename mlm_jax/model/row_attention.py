@@ -22,6 +22,8 @@ import numpy as np
 LANES = 128
 MAX_LENGTH = 512  # a program holds a handful of [L, L] float32 arrays, 1 MB each, of the 16 MB that v4 and v5e let it have
 
+_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]  # row_attention's arrays
+
 
 def refusals(head_dim: int, num_heads: int, length: int) -> list[str]:
     """Why the kernels cannot take such heads and rows; `num_heads` are those of one device. Empty where they can."""
@@ -63,13 +65,13 @@ def _forward(
     causal_B: jax.Array,
     slopes_H: jax.Array | None,
     head_dim: int,
-) -> tuple[jax.Array, "_Kept"]:
+) -> tuple[jax.Array, _Kept]:
     kept = (query_BLF, key_BLF, value_BLF, segment_ids_BL, causal_B, slopes_H)
     (mixed_BLF,) = _call(_forward_kernel, "forward", kept, (), 1, head_dim)
     return mixed_BLF, kept
 
 
-def _backward(head_dim: int, kept: "_Kept", grad_BLF: jax.Array) -> tuple[Any, ...]:
+def _backward(head_dim: int, kept: _Kept, grad_BLF: jax.Array) -> tuple[Any, ...]:
     grads = _call(_backward_kernel, "backward", kept, (grad_BLF,), 3, head_dim)
     _, _, _, segment_ids_BL, causal_B, slopes_H = kept
     integers = [np.zeros(x.shape, jax.dtypes.float0) for x in (segment_ids_BL, causal_B)]
@@ -79,9 +81,6 @@ def _backward(head_dim: int, kept: "_Kept", grad_BLF: jax.Array) -> tuple[Any, .
 row_attention.defvjp(_forward, _backward)
 
 
-_Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
-
-
 def _call(kernel: Any, name: str, kept: _Kept, more: tuple[jax.Array, ...], results: int, head_dim: int) -> list[jax.Array]:
     """A kernel over a grid of (some rows, a group of heads)."""
     from jax.experimental import pallas as pl
@@ -89,7 +88,7 @@ def _call(kernel: Any, name: str, kept: _Kept, more: tuple[jax.Array, ...], resu
 
     query_BLF, key_BLF, value_BLF, segment_ids_BL, causal_B, slopes_H = kept
     batch, length, width = query_BLF.shape
-    rows = math.gcd(batch, max(1, MAX_LENGTH // length))  # to start a program costs as much as a short row
+    rows = math.gcd(batch, MAX_LENGTH // length)  # to start a program costs as much as a short row
     heads = pl.BlockSpec((rows, length, LANES), lambda row, group: (row, 0, group))
     segments = pl.BlockSpec((rows, 1, length), lambda row, group: (row, 0, 0))
     scalars = [causal_B] if slopes_H is None else [causal_B, slopes_H]
