@@ -16,6 +16,8 @@ KERNEL_PRODUCTS = {
     "splash_mha_fwd": 2,
     "splash_mha_dkv": 4,
     "splash_mha_dq": 3,
+    "row_attention_forward": 2,
+    "row_attention_backward": 5,
     "__cudnn$fmhaScaleBiasSoftmaxBackward": 5,
     "__cudnn$fmhaScaleBiasSoftmax": 2,
     "__cudnn$fmhaSoftmaxBackward": 5,
@@ -33,12 +35,12 @@ def is_kernel(one: Instruction) -> bool:
 def kernel_flops(one: Instruction, module: Module) -> tuple[float, int] | None:
     """An attention kernel's floating-point operations and its head dimension, or None for a kernel that is not known."""
     name = one.attribute("custom_call_target") if "__cudnn$" in one.attributes else one.name
-    row = re.search(r"row_attention_(forward|backward)_(\d+)", name)
-    if row:
+    products = next((count for part, count in KERNEL_PRODUCTS.items() if part in name), None)
+    row = re.search(r"row_attention_\w+?_(\d+)", name)
+    if products and row:
         # [B, L, F] of all heads together: F numbers a token, each in a product with L others.
-        batch, length, width = next(s for kind, s in array_shapes(one.result) if kind in ("bf16", "f32"))
-        return {"forward": 2, "backward": 5}[row[1]] * 2.0 * batch * length * length * width, int(row[2])
-    products = next((count for prefix, count in KERNEL_PRODUCTS.items() if name.startswith(prefix)), None)
+        batch, length, width = next(shape for kind, shape in array_shapes(one.result) if kind in ("bf16", "f32"))
+        return products * 2.0 * batch * length * length * width, int(row[1])
     arrays = [array for operand in one.operands for array in array_shapes(module.result_of(operand))]
     floats = [shape for kind, shape in arrays if kind in ("bf16", "f16", "f32")]
     rank = max(map(len, floats), default=0)  # 4, but for a row alone, which has lost its first dimension
