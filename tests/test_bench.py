@@ -64,7 +64,8 @@ def on_text(printed: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_random_rows() -> dict[str, Any]:
-    return run_bench(TINY, steps=1, rounds=2)
+    wider = dataclasses.replace(TINY, name="wider", model=dataclasses.replace(TINY.model, mlp_dim=64))
+    return run_bench(TINY, steps=1, rounds=2, against=[wider])
 
 
 def test_the_step_has_the_shape_that_was_asked_for(on_text: dict[str, Any]) -> None:
@@ -131,6 +132,20 @@ def test_the_table_is_printed_before_the_json(printed: list[str]) -> None:
     assert "peer" not in "".join(table)
 
 
+def test_another_recipe_is_a_share_of_this_one(on_random_rows: dict[str, Any]) -> None:
+    (other,) = on_random_rows["against"]
+    own, its = on_random_rows["step"]["tokens_per_second"], other["step"]["tokens_per_second"]
+    assert other["config"] == "wider" and other["parameters"] > on_random_rows["parameters"]
+    assert 0 < other["ratio"]["min"] <= other["ratio"]["median"] <= other["ratio"]["max"]
+    assert its["min"] / own["max"] <= other["ratio"]["median"] <= its["max"] / own["min"]
+    # Two layers of two products of a token more, forward and twice backward.
+    more = 2 * 2 * 2 * 3 * 16 * 32
+    least = on_random_rows["step"]["flops_per_token"]
+    assert other["ratio_by_flops"] == pytest.approx(least / (least + more))
+    table = format_table(on_random_rows)
+    assert "against wider" in table and table.count("time by operation") == 2
+
+
 def test_contenders_alternate() -> None:
     order: list[tuple[str, int]] = []
     seconds = alternate(
@@ -147,6 +162,8 @@ def test_contenders_alternate() -> None:
         ({"steps": 0}, "--steps=0"),
         ({"rounds": 0}, "--rounds=0"),
         ({"peer": "fairseq"}, "--peer=fairseq is none of hf"),
+        ({"against": (TINY,)}, "tiny, tiny must have different names"),
+        ({"against": (dataclasses.replace(TINY, name="other", sharding=ShardingConfig()),)}, "one mesh is for all"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(arguments: dict[str, Any], message: str) -> None:

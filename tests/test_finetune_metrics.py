@@ -33,7 +33,13 @@ def test_regression():
     assert scores["spearman"] == pytest.approx(1.0)
     # Deviations -1.5, -0.5, 0.5, 1.5 and -10.5, -9.5, -8.5, 28.5.
     assert scores["pearson"] == pytest.approx(59.0 / math.sqrt(5.0 * 1085.0))
-    assert metrics.regression([1.0, 2.0], [3.0, 3.0]) == {"pearson": 0.0, "spearman": 0.0}
+    assert scores["rmse"] == pytest.approx(18.0)  # one error of 36 among four
+    assert metrics.regression([1.0, 2.0], [3.0, 4.0])["rmse"] == pytest.approx(2.0)
+    assert metrics.regression([1.0, 3.0], [3.0, 3.0]) == {
+        "pearson": 0.0,
+        "spearman": 0.0,
+        "rmse": pytest.approx(math.sqrt(2.0)),
+    }
 
 
 def test_entities_as_in_the_example_that_seqeval_documents():

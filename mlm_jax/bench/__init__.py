@@ -1,4 +1,4 @@
-"""The `bench` verb: how fast the compiled step and the loader are here, where the time and the memory go, and a peer.
+"""The `bench` verb: how fast the compiled step and the loader are here, where time and memory go, other recipes, a peer.
 
 The step is built by the functions that training builds it with, and runs on one batch that stays on the devices.
 """
@@ -9,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,14 +50,16 @@ def run_bench(
     steps: int = 20,
     rounds: int = 5,
     peer: str | None = None,
+    against: Sequence[Config] = (),
     data_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Measures one stage's step on this machine.
 
     Args:
         steps: in a round.
-        rounds: whose median, least and most are reported; with a peer, each is ours and then the peer's.
+        rounds: whose median, least and most are reported; each is ours, the peer's, and one of every recipe of `against`.
         peer: "hf" compares with Hugging Face's BertForMaskedLM.
+        against: other recipes, whose tokens a second are reported as a share of this one's; all are in memory together.
         data_dir: a prepared corpus, to take the rows from and to measure the loader on. Default: random rows.
 
     Returns:
@@ -66,8 +68,14 @@ def run_bench(
     Raises:
         UserError: an argument is out of range, the corpus does not fit, or the peer is not installed.
     """
-    if not 0 <= stage_index < len(cfg.stages):
-        raise UserError(f"--stage={stage_index}: {cfg.name} has {len(cfg.stages)} stage(s), counted from 0")
+    for each in (cfg, *against):
+        if not 0 <= stage_index < len(each.stages):
+            raise UserError(f"--stage={stage_index}: {each.name} has {len(each.stages)} stage(s), counted from 0")
+        if each.sharding != cfg.sharding:
+            raise UserError(f"--against: {each.name} has {each.sharding}, {cfg.name} {cfg.sharding}: one mesh is for all")
+    names = [each.name for each in (cfg, *against)]
+    if len({*names}) < len(names):
+        raise UserError(f"--against: the recipes {', '.join(names)} must have different names")
     for name, value in (("steps", steps), ("rounds", rounds)):
         if value < 1:
             raise UserError(f"--{name}={value} must be positive")
@@ -81,12 +89,13 @@ def run_bench(
         # The peer needs memory of the same device, of which JAX would else take three quarters when it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     stage, machine = cfg.stages[stage_index], _machine()
-    corpus = None if data_dir is None else open_corpus(data_dir, cfg)
+    corpora = [None if data_dir is None else open_corpus(data_dir, each) for each in (cfg, *against)]
     mesh = make_mesh(cfg.sharding)
-    check_batch(stage, mesh, f"stages[{stage_index}]")
+    for each in (cfg, *against):
+        check_batch(each.stages[stage_index], mesh, f"{each.name}: stages[{stage_index}]")
     with jax.set_mesh(mesh):
-        rows = _random_rows(cfg, stage) if corpus is None else _corpus_rows(cfg, stage, corpus)
-        ours = _Ours(cfg, stage_index, rows, _vocab(cfg, corpus))
+        ours, *others = (_Ours(each, stage_index, corpus) for each, corpus in zip((cfg, *against), corpora, strict=True))
+        corpus = corpora[0]
         result = {
             "config": cfg.name,
             "stage": stage_index,
@@ -100,23 +109,28 @@ def run_bench(
         }
         runs: dict[str, Callable[[int], None]] = {"ours": ours.run}
         if peer is not None:
-            other = HuggingFacePeer(cfg, stage, rows, dtype=ours.compute.dtype.name, num_threads=machine["threads"])
-            other.run(2)  # torch allocates and chooses its kernels in its first steps
-            runs["peer"] = other.run
+            rival = HuggingFacePeer(cfg, stage, ours.rows, dtype=ours.compute.dtype.name, num_threads=machine["threads"])
+            rival.run(2)  # torch allocates and chooses its kernels in its first steps
+            runs["peer"] = rival.run
+        runs |= {f"against {other.name}": other.run for other in others}
         seconds = alternate(runs, steps, rounds)
         result["step"] = ours.describe(seconds["ours"], steps)
-        result["peer"] = None if peer is None else _compare(ours, other, seconds)
+        result["peer"] = None if peer is None else _compare(ours, rival, seconds)
         # Last, and after as many steps: the first ones of a process are slower, until it has all the memory they need.
-        ours.run(PROFILED_STEPS)
-        result["operations"] = _breakdown(profile_steps(ours.run, PROFILED_STEPS, ours.compiled.as_text()))
+        result["operations"] = ours.operations()
+        result["against"] = [
+            _compare_recipes(ours, other, seconds["ours"], seconds[f"against {other.name}"], steps) for other in others
+        ]
     return result
 
 
 class _Ours:
     """The compiled step with its state and batch on the devices."""
 
-    def __init__(self, cfg: Config, stage: int, rows: Mapping[str, np.ndarray], vocab: VocabTables):
-        self.vocab = vocab
+    def __init__(self, cfg: Config, stage: int, corpus: Corpus | None):
+        self.name = cfg.name
+        self.rows = _random_rows(cfg, cfg.stages[stage]) if corpus is None else _corpus_rows(cfg, cfg.stages[stage], corpus)
+        self.vocab = _vocab(cfg, corpus)
         self.compute = Compute.resolve(cfg.compute)
         objective = make_objective(cfg, self.compute, stage)
         optimizer, schedule = make_optimizer(cfg), learning_rate(cfg)
@@ -130,7 +144,7 @@ class _Ours:
 
         self.state = jax.jit(create)()
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(ROWS))
-        self.batch = {name: jax.device_put(array, sharding) for name, array in rows.items()}
+        self.batch = {name: jax.device_put(array, sharding) for name, array in self.rows.items()}
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         self.compiled, self.compile_seconds, self.from_cache = _compile(step, self.state, self.batch, self.vocab)
         self.run(2)
@@ -164,6 +178,11 @@ class _Ours:
             "flops_per_second": self.flops_per_token * self.tokens / median,
             "mfu": flops.mfu(self.tokens / median, self.flops_per_token, devices, jax.devices()[0]),
         }
+
+    def operations(self) -> dict[str, Any]:
+        """Milliseconds a step by operation, from traced steps."""
+        self.run(PROFILED_STEPS)
+        return _breakdown(profile_steps(self.run, PROFILED_STEPS, self.compiled.as_text()))
 
     def memory(self) -> dict[str, Any]:
         """Bytes: what the compiler plans for one device, and the most that the process or the device has held."""
@@ -329,6 +348,20 @@ def _compare(ours: _Ours, other: HuggingFacePeer, seconds: Mapping[str, list[flo
         "tokens_per_second": _spread([ours.tokens / value for value in seconds["peer"]]),
         "ratio": _spread(ratios),
         "ratios": ratios,
+    }
+
+
+def _compare_recipes(ours: _Ours, other: _Ours, own: list[float], its: list[float], steps: int) -> dict[str, Any]:
+    """Another recipe's step, and its tokens a second as a share of ours: by round, and as its arithmetic predicts."""
+    ratios = [other.tokens / theirs / (ours.tokens / mine) for mine, theirs in zip(own, its, strict=True)]
+    return {
+        "config": other.name,
+        "parameters": other.parameters,
+        "step": other.describe(its, steps),
+        "ratio": _spread(ratios),
+        "ratios": ratios,
+        "ratio_by_flops": ours.flops_per_token / other.flops_per_token,
+        "operations": other.operations(),
     }
 
 

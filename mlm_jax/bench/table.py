@@ -8,7 +8,16 @@ Result = Mapping[str, Any]
 
 def format_table(result: Result) -> str:
     """What `run_bench` returned, in lines of at most 120 characters."""
-    blocks = [_heading(result), _step(result), _peer(result), _loader(result), _operations(result), _memory(result)]
+    against = [block for other in result["against"] for block in (_against(other, result["config"]), _operations(other))]
+    blocks = [
+        _heading(result),
+        _step(result),
+        _peer(result),
+        _loader(result),
+        _operations(result),
+        *against,
+        _memory(result),
+    ]
     return "\n\n".join("\n".join(block) for block in map(list, blocks) if block)
 
 
@@ -54,6 +63,18 @@ def _peer(result: Result) -> Iterator[str]:
     yield _spread("  tokens/s", peer["tokens_per_second"], ",.0f")
     yield _spread("  ours / peer, by round", peer["ratio"], ".3f")
     yield "  rounds: " + " ".join(f"{ratio:.3f}" for ratio in peer["ratios"])
+
+
+def _against(other: Result, config: str) -> Iterator[str]:
+    step = other["step"]
+    yield f"against {other['config']}: {other['parameters']:,} parameters"
+    yield _spread("  milliseconds", step["milliseconds"], ",.2f")
+    yield _spread("  tokens/s", step["tokens_per_second"], ",.0f")
+    yield _spread("  share of the recipe's", other["ratio"], ".3f")
+    yield (
+        f"  at {step['flops_per_token'] / 1e6:,.2f} MFLOP a token {other['ratio_by_flops']:.3f} of the tokens/s of {config} "
+        "would be as much arithmetic"
+    )
 
 
 def _loader(result: Result) -> Iterator[str]:

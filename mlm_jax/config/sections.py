@@ -219,7 +219,7 @@ class ImageTextConfig:
         return self.exchange_rate if self.match_weight else 0.0
 
 
-# The objectives of fine-tuning, and what each is measured by.
+# The objectives of fine-tuning, and what the best evaluation can be chosen by (more is better; a regression has rmse too).
 TASKS = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlm_jax.config import TASKS, Config
+from mlm_jax.config import Config
 from mlm_jax.distributed import Peers
 from mlm_jax.errors import UserError
 from mlm_jax.finetune import metrics
@@ -55,7 +55,7 @@ def finetune(cfg: Config, workdir: str | os.PathLike[str], *, seeds: int = 1, pe
         runs.append({"workdir": path, "seed": seeded.seed, "step": best.step, **best.values})
         if late_signal and index + 1 < seeds:
             raise loop.Stop(late_signal, seeded.total_steps)
-    measured = {name: [run[name] for run in runs] for name in TASKS[cfg.objective]}
+    measured = {name: [run[name] for run in runs] for name in _measures(runs[0])}
     result: dict[str, Any] = {"objective": cfg.objective, "metric": prepared.cfg.task.metric, "runs": runs}
     if seeds > 1:
         result["mean"] = {name: statistics.fmean(values) for name, values in measured.items()}
@@ -149,9 +149,14 @@ def _place_like(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), new, old)
 
 
+def _measures(run: dict[str, Any]) -> list[str]:
+    """The names of what was measured of a run."""
+    return [name for name in run if name not in ("workdir", "seed", "step")]
+
+
 def format_result(result: dict[str, Any]) -> str:
     """The runs as a table, and of several their mean and deviation."""
-    names = TASKS[result["objective"]]
+    names = _measures(result["runs"][0])
     lines = [f"{'seed':<12}{'best step':>10}" + "".join(f"{name:>14}" for name in names)]
     for run in result["runs"]:
         lines.append(f"{run['seed']:<12}{run['step']:>10}" + "".join(f"{run[name]:>14.4f}" for name in names))

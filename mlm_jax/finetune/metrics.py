@@ -42,15 +42,17 @@ def classification(labels: Sequence[str], wanted: Sequence[str], found: Sequence
 
 
 def regression(wanted: Sequence[float], found: Sequence[float]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; 0 where one side does not vary."""
+    """Pearson's and Spearman's correlation, 0 where one side does not vary, and the root of the mean squared error."""
     _scikit_learn()  # SciPy comes with it
     from scipy import stats
 
+    rmse = float(np.sqrt(np.mean(np.square(np.subtract(wanted, found)))))
     if len(wanted) < 2 or np.ptp(wanted) == 0 or np.ptp(found) == 0:
-        return {"pearson": 0.0, "spearman": 0.0}
+        return {"pearson": 0.0, "spearman": 0.0, "rmse": rmse}
     return {
         "pearson": float(stats.pearsonr(wanted, found).statistic),
         "spearman": float(stats.spearmanr(wanted, found).statistic),
+        "rmse": rmse,
     }
 
 

@@ -17,6 +17,13 @@ def _declare_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, help="tokens in a row; default: the stage's")
     parser.add_argument("--data", metavar="DIR", help="a prepared corpus: its rows and its loader; default: random rows")
     parser.add_argument("--peer", metavar="NAME", help="compare with hf: BertForMaskedLM and AdamW, of the extra peers")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="other recipes, round by round; --config.section.field=value overrides a field in all",
+    )
 
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
@@ -25,7 +32,8 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
     for name in ("batch_size", "seq_len"):
         if getattr(options, name) is not None:
             overrides = [*overrides, f"stages[{options.stage}].{name}={getattr(options, name)}"]
-    cfg = load_config(options.config, overrides)  # before JAX is imported: a mistake is told at once
+    # Before JAX is imported: a mistake is told at once.
+    cfg, *against = (load_config(path, overrides) for path in (options.config, *options.against))
     from mlm_jax.bench import run_bench
     from mlm_jax.bench.table import format_table
 
@@ -36,6 +44,7 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
             steps=options.steps,
             rounds=options.rounds,
             peer=options.peer,
+            against=against,
             data_dir=options.data,
         )
     print(format_table(result))
@@ -153,7 +162,11 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> Result:
 
 
 VERBS: Verbs = {
-    "bench": ("speed, memory and time by operation of a stage's step, alone or beside a peer", _declare_bench, _bench),
+    "bench": (
+        "speed, memory and time by operation of a step, also beside other recipes or a peer",
+        _declare_bench,
+        _bench,
+    ),
     "compare": ("train several configs on one corpus under one budget, for one table and page", _declare_compare, _compare),
     "compile": ("memory, collectives and estimated speed of a step on a TPU that is not here", _declare_compile, _compile),
     "report": ("one HTML page of one or more runs", _declare_report, _report),
