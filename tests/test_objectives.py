@@ -12,7 +12,7 @@ from example_objective import MaskedLMWithZLoss
 from tiny_step import CFG, LENGTH, QUICK, make_rows, mesh_of, on_devices, tables_on, with_places
 
 from mlm_jax.config import TASKS, Config, HybridConfig, ImageTextConfig, MaskingConfig, RtdConfig
-from mlm_jax.config.checks import _CHOICES
+from mlm_jax.config.limits import CHOICES
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import OBJECTIVES, Keys, make_objective
 from mlm_jax.train.checkpoint import Checkpoints
@@ -113,7 +113,7 @@ def gradient(name: str, mesh_name: str, accumulation: int):
 
 
 def test_a_recipe_may_name_every_objective_and_no_other():
-    assert set(_CHOICES["objective"]) == (OBJECTIVES.keys() - {EXAMPLE}) | TASKS.keys()
+    assert set(CHOICES["objective"]) == (OBJECTIVES.keys() - {EXAMPLE}) | TASKS.keys()
     assert OBJECTIVES.keys() - {EXAMPLE} <= {cfg.objective for cfg in VARIANTS.values()}
 
 
