@@ -145,6 +145,8 @@ def test_heads_are_those_of_a_device():
     compute = dataclasses.replace(PLAIN, attention="auto", platform="tpu")
     meshes = [make_mesh(ShardingConfig(data=1, fsdp=-1, tensor=tensor)) for tensor in (1, 2)]
     assert [attention_of(cfg, 0, compute, mesh) for mesh in meshes] == ["row", "splash"]
+    causal = dataclasses.replace(cfg, objective="hybrid")  # some of its rows are
+    assert [attention_of(causal, 0, compute, mesh) for mesh in meshes] == ["row", "xla"]
     assert "no multiple of 128 up to 512" in refusals(64, 2, 1024)[0]
 
 

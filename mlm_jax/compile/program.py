@@ -102,8 +102,11 @@ def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device
 def attention_of(cfg: Config, stage_index: int, compute: Compute, mesh: jax.sharding.Mesh) -> str:
     """The implementation of attention that a stage takes on a mesh, which decides how many heads a device has."""
     length = cfg.stages[stage_index].seq_len + cfg.model.num_patches
+    causal = cfg.objective == "hybrid"
     with jax.set_mesh(mesh):
-        return choose_implementation(compute.attention, cfg.model, length, compute.platform, compute.dtype)
+        return choose_implementation(
+            compute.attention, cfg.model, length, compute.platform, compute.dtype, causal_rows=causal
+        )
 
 
 def abstract_state(cfg: Config, objective: Objective, optimizer: Any) -> TrainState:
