@@ -35,19 +35,31 @@ def train_flops_per_token(cfg: ModelConfig, mean_segment_len: float, predicted_f
 
     Args:
         mean_segment_len: as a token sees it, Σs² / Σs over the segments' lengths s: what attention costs per token.
-        predicted_fraction: predicted positions per real token, the share that reaches the vocabulary.
+        predicted_fraction: predicted positions per real token, the share that passes through all of the last layer and
+            reaches the vocabulary.
     """
+    encoder = encoder_flops_per_token(cfg, mean_segment_len, predicted_fraction)
+    return encoder + head_flops_per_token(cfg, predicted_fraction)
+
+
+def head_flops_per_token(cfg: ModelConfig, predicted_fraction: float) -> float:
+    """`train_flops_per_token` of the head for masked tokens alone."""
     transform = cfg.embed_dim if cfg.head_transform else 0
-    head = 6 * predicted_fraction * cfg.embedding_dim * (transform + cfg.vocab_size)
-    return encoder_flops_per_token(cfg, mean_segment_len) + head
+    return 6 * predicted_fraction * cfg.embedding_dim * (transform + cfg.vocab_size)
 
 
-def encoder_flops_per_token(cfg: ModelConfig, mean_segment_len: float) -> float:
-    """`train_flops_per_token` of an encoder without a head. A local layer's token sees a whole window, or its segment."""
-    projections = 4 * cfg.embed_dim**2 + (3 if cfg.gated_mlp else 2) * cfg.embed_dim * cfg.mlp_dim
+def encoder_flops_per_token(cfg: ModelConfig, mean_segment_len: float, wanted_fraction: float = 1.0) -> float:
+    """`train_flops_per_token` of an encoder without a head. A local layer's token sees a whole window, or its segment.
+
+    Args:
+        wanted_fraction: the share of tokens whose hidden states are wanted, for which the last layer has an output
+            projection and an mlp.
+    """
+    behind_attention = cfg.embed_dim**2 + (3 if cfg.gated_mlp else 2) * cfg.embed_dim * cfg.mlp_dim
+    projections = 3 * cfg.embed_dim**2 + behind_attention
     local = sum(map(cfg.is_local, range(cfg.num_layers)))
     seen = (cfg.num_layers - local) * mean_segment_len + local * min(mean_segment_len, 2 * cfg.local_window + 1)
-    layers = cfg.num_layers * 6 * projections + 12 * cfg.embed_dim * seen
+    layers = 6 * (cfg.num_layers * projections - (1 - wanted_fraction) * behind_attention) + 12 * cfg.embed_dim * seen
     return layers + (6 * cfg.embedding_dim * cfg.embed_dim if cfg.embedding_dim != cfg.embed_dim else 0)
 
 

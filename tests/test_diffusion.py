@@ -26,7 +26,7 @@ from tiny_step import (
 from mlm_jax import masking
 from mlm_jax.config import ComputeConfig, Config, DiffusionConfig, ModelConfig, StageConfig
 from mlm_jax.model.encoder import Compute
-from mlm_jax.model.heads import gather_positions
+from mlm_jax.model.layers import gather_positions
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.diffusion import MaskedDiffusion, mask_counts
 from mlm_jax.objectives.scoring import score_in_chunks, score_targets
@@ -185,7 +185,7 @@ def test_only_masked_tokens_cost_anything_and_the_mask_is_no_candidate(one, monk
     def grads(delta_BLD, params, batch, vocab):
         def loss(delta_BLD, params):
             monkeypatch.setattr(
-                "mlm_jax.objectives.diffusion.gather_positions",
+                "mlm_jax.model.encoder.gather_positions",
                 lambda hidden_BLD, positions_BP: gather_positions(hidden_BLD + delta_BLD, positions_BP),
             )
             return built.loss(params, batch, Keys(keys, None, step), vocab).losses["bound"].mean()
@@ -194,6 +194,7 @@ def test_only_masked_tokens_cost_anything_and_the_mask_is_no_candidate(one, monk
 
     delta = on_devices(np.zeros((BATCH, LENGTH, CFG.model.embed_dim), np.float32), one)
     by_hidden, by_params = jax.device_get(grads(delta, parameters_on(one), on_devices(rows, one), tables_on(one)))
+    monkeypatch.undo()
 
     rates = 1e-3 + (1 - 1e-3) * np.asarray(spread_rows({"places": rows["places"]}, Keys(keys, None, step), RATES))
     masked = np.zeros((BATCH, LENGTH), bool)

@@ -18,7 +18,7 @@ from mlm_jax.errors import UserError
 from mlm_jax.model.attention import choose_implementation
 from mlm_jax.model.embeddings import segment_positions
 from mlm_jax.model.encoder import Compute, ready
-from mlm_jax.model.layers import LayerNorm, _packed_draws, add_bias, dropout, weight_init
+from mlm_jax.model.layers import LayerNorm, _packed_draws, add_bias, dropout, gather_positions, weight_init
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import ROWS, make_mesh
@@ -185,6 +185,52 @@ def assert_as_plain(compute: Compute, model: ModelConfig) -> None:
 @pytest.mark.parametrize(("scan_layers", "remat"), [(False, "full"), (True, "none"), (True, "dots"), (True, "full")])
 def test_scan_and_remat_change_no_number(scan_layers, remat):
     assert_as_plain(dataclasses.replace(PLAIN, scan_layers=scan_layers, remat=remat), TINY)
+
+
+MODERN = replace(
+    num_layers=4, pre_norm=True, first_norm=False, positions="rope", local_window=4, global_every=2, gated_mlp=True
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "scan", "sizes"),
+    [
+        (TINY, False, (1, 1, 1)),
+        (replace(num_layers=3), True, (1, 1, 1)),
+        (replace(num_layers=1), True, (1, 1, 1)),
+        (MODERN, False, (1, 1, 1)),
+        (MODERN, True, (1, 1, 1)),
+        (TINY, False, (2, 2, 2)),
+    ],
+)
+def test_what_is_wanted_of_a_few_positions_is_as_if_all_were_computed(model, scan, sizes):
+    data, fsdp, tensor = sizes
+    sharding = ShardingConfig(data=data, fsdp=fsdp, tensor=tensor)
+    compute = dataclasses.replace(PLAIN, scan_layers=scan)
+    tokens, segment_ids = make_rows(4)
+    positions = np.random.default_rng(1).integers(0, LENGTH, (4, 5)).astype(np.int32)
+    wanted = np.random.default_rng(2).normal(size=(4, 5, model.embed_dim)).astype(np.float32)
+
+    mesh = make_mesh(sharding, jax.devices()[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+        network = objective(model, compute).network
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        placed = jax.tree.map(lambda shape: jax.NamedSharding(mesh, shape.sharding.spec), shapes)
+        params = jax.device_put(init(model), placed)
+        rows = jax.device_put((tokens, segment_ids, positions, wanted), jax.NamedSharding(mesh, jax.P(ROWS)))
+
+        @functools.partial(jax.jit, compiler_options=QUICK)
+        def both(params, tokens, segment_ids, positions, wanted):
+            def product(params, few):
+                encode = network.bind(params).encoder
+                if few:
+                    return (encode(tokens, segment_ids, positions_BP=positions) * wanted).sum()
+                return (gather_positions(encode(tokens, segment_ids), positions) * wanted).sum()
+
+            return [jax.value_and_grad(product)(params, few) for few in (True, False)]
+
+        few, all_of_them = jax.device_get(both(params, *rows))
+    assert_trees_close(few, all_of_them, atol=2e-4)
 
 
 def test_dropout_in_a_scan_is_the_same_and_recomputed_as_it_was():

@@ -29,7 +29,7 @@ from tiny_step import (
 )
 
 from mlm_jax import sharding
-from mlm_jax.model.heads import gather_positions
+from mlm_jax.model.layers import gather_positions
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.rates import constant_rates
@@ -261,7 +261,7 @@ def test_only_hidden_states_that_are_predicted_from_have_a_gradient(one, monkeyp
     def grad(delta_BLD, params, batch, vocab):
         def loss(delta_BLD):
             monkeypatch.setattr(
-                "mlm_jax.objectives.mlm.gather_positions",
+                "mlm_jax.model.encoder.gather_positions",
                 lambda hidden_BLD, positions_BP: gather_positions(hidden_BLD + delta_BLD, positions_BP),
             )
             return built.loss(params, batch, Keys(key, None), vocab).losses["mlm"].mean()

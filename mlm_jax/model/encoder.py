@@ -16,6 +16,7 @@ from mlm_jax.model.layers import (
     bias_parameter,
     dense,
     dropout,
+    gather_positions,
     make_norm,
     parameter,
     weight_init,
@@ -108,16 +109,27 @@ class Block(nnx.Module):
         self.mlp_norm = make_norm(cfg, cfg.embed_dim, rngs=rngs)
         self.dropout, self.pre_norm = cfg.dropout, cfg.pre_norm
 
-    def __call__(self, hidden_BLD: jax.Array, sight: Sight, key: jax.Array | None, *, normed: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        hidden_BLD: jax.Array,
+        sight: Sight,
+        key: jax.Array | None,
+        *,
+        normed: bool = False,
+        positions_BP: jax.Array | None = None,
+    ) -> jax.Array:
         """The next hidden states.
 
         Args:
             normed: whether these need no norm before the attention.
+            positions_BP: where they are wanted, [B, P, D]; None for everywhere.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
         with jax.named_scope("attention"):
             input_BLD = self.attention_norm(hidden_BLD) if self.pre_norm and not normed else hidden_BLD
-            mixed_BLD = dropout(self.attention(input_BLD, sight, keys[0]), self.dropout, keys[1])
+            mixed_BLD = dropout(self.attention(input_BLD, sight, keys[0], positions_BP), self.dropout, keys[1])
+        if positions_BP is not None:
+            hidden_BLD = gather_positions(hidden_BLD, positions_BP)
         hidden_BLD = hidden_BLD + mixed_BLD
         if not self.pre_norm:
             hidden_BLD = self.attention_norm(hidden_BLD)
@@ -160,8 +172,12 @@ class Encoder(nnx.Module):
         token_types_BL: jax.Array | None = None,
         causal_B: jax.Array | None = None,
         image: Image | None = None,
+        positions_BP: jax.Array | None = None,
     ) -> jax.Array:
         """Final hidden states.
+
+        Behind the last layer's attention only the wanted positions are computed with. A model whose 15% are predicted so
+        saves five eighths of a layer's matrix products.
 
         Args:
             tokens_BL: int32 token ids.
@@ -171,10 +187,11 @@ class Encoder(nnx.Module):
             token_types_BL: int32, or None for type 0 throughout.
             causal_B: bool, the rows in which no token sees a later one; None for no row.
             image: what the first segment of each row sees, where the model has patches; None for the text alone.
+            positions_BP: int32, where hidden states are wanted; None for everywhere.
 
         Returns:
-            [B, L, D] in the compute dtype, or with an image [B, L + N, D], its patches behind the text. Padding positions
-            hold finite values of no meaning.
+            [B, L, D] in the compute dtype, or with an image [B, L + N, D], its patches behind the text; with positions
+            [B, P, D]. Padding positions hold finite values of no meaning.
         """
         cfg, compute = self.cfg, self.compute
         num_patches = 0 if image is None else cfg.num_patches
@@ -205,10 +222,19 @@ class Encoder(nnx.Module):
         def apply(index: int, hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> jax.Array:
             block, layer_key = gather(gather(layer[0], REPLICAS), ("fsdp",)), layer[1]
             sight = sees_window if cfg.is_local(index) else sees_all
-            return block(hidden_BLD, sight, layer_key, normed=index == 0 and not cfg.first_norm)
+            wanted_BP = positions_BP if index == cfg.num_layers - 1 else None
+            return block(hidden_BLD, sight, layer_key, normed=index == 0 and not cfg.first_norm, positions_BP=wanted_BP)
 
         stacked = (self.layers, None if keys is None else keys[:-1])
-        hidden_BLD = run_layers(apply, hidden_BLD, stacked, cfg, scan=compute.scan_layers, remat=compute.remat)
+        hidden_BLD = run_layers(
+            apply,
+            hidden_BLD,
+            stacked,
+            cfg,
+            scan=compute.scan_layers,
+            remat=compute.remat,
+            last_alone=positions_BP is not None,
+        )
         return self.final_norm(hidden_BLD) if cfg.pre_norm else hidden_BLD
 
 

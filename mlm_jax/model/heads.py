@@ -10,11 +10,6 @@ from mlm_jax.model.layers import ACTIVATIONS, add_bias, bias_parameter, dense, m
 from mlm_jax.sharding import SHARDING
 
 
-def gather_positions(hidden_BLD: jax.Array, positions_BP: jax.Array) -> jax.Array:
-    """The hidden states at each row's positions: [B, P, D]."""
-    return jnp.take_along_axis(hidden_BLD, positions_BP[:, :, None], axis=1)
-
-
 class MaskedLanguageHead(nnx.Module):
     """Dense, activation, layer norm, then the decoder (the embedding table when tied) and a bias of its own.
 

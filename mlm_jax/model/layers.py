@@ -265,3 +265,8 @@ def _packed_draws(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Ar
 
 
 _DRAWN_BITS = 12  # 0.1 becomes 0.1001; each more costs a TPU 1.5 microseconds for every dropout of BERT-base
+
+
+def gather_positions(hidden_BLD: jax.Array, positions_BP: jax.Array) -> jax.Array:
+    """The hidden states at each row's positions: [B, P, D]."""
+    return jnp.take_along_axis(hidden_BLD, positions_BP[:, :, None], axis=1)

@@ -22,19 +22,21 @@ class ApplyLayer(Protocol):
 
 
 def run_layers(
-    apply: ApplyLayer, hidden_BLD: jax.Array, stacked: Any, cfg: ModelConfig, *, scan: bool, remat: str
+    apply: ApplyLayer, hidden_BLD: jax.Array, stacked: Any, cfg: ModelConfig, *, scan: bool, remat: str, last_alone: bool
 ) -> jax.Array:
     """The hidden states behind the last layer.
 
-    A scan is over as many whole repetitions of the pattern as there are; the first layer, where it is not as the others,
-    and what is left at the end are run by themselves.
+    A scan is over as many whole repetitions of the pattern as there are; the first and the last layer, where they are not
+    as the others, and what is left at the end are run by themselves.
 
     Args:
         stacked: parameters of the layers, and their keys or None.
+        last_alone: whether the last layer is not as the others.
     """
     single = int(cfg.pre_norm and not cfg.first_norm)
     period = cfg.global_every if cfg.local_window else 1
-    groups = (cfg.num_layers - single) // period if scan else 0
+    alike = cfg.num_layers - single - last_alone
+    groups = alike // period if scan and alike > 1 else 0  # a scan over one layer would be none
     scanned = range(single, single + groups * period)
 
     def layer(index: int, hidden_BLD: jax.Array, part: Any) -> jax.Array:

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlm_jax import masking
-from mlm_jax.model.heads import gather_positions
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_in_chunks, score_targets
@@ -109,17 +108,18 @@ class MaskedDiffusion(MaskedLM):
         """Cross-entropy and hits of up to `slots` tokens a row, 0 in unused slots, and which slots are used: float32."""
         tokens_BL, length = batch["tokens"], batch["tokens"].shape[1]
         model = self.network.bind(params)
-        hidden_BLD = model.encoder(jnp.where(masked_BL, vocab.mask_id, tokens_BL), batch["segment_ids"], key)
         places_1L = jnp.arange(length, dtype=jnp.int32)[None]
         places_BP = jax.lax.sort(jnp.where(scored_BL, places_1L, length))[:, :slots]
         used_BP = places_BP < length
         places_BP = jnp.where(used_BP, places_BP, 0)
+        inputs_BL = jnp.where(masked_BL, vocab.mask_id, tokens_BL)
+        hidden_BPD = model.encoder(inputs_BL, batch["segment_ids"], key, positions_BP=places_BP)
         targets_BP = jnp.take_along_axis(tokens_BL, places_BP, axis=1)
 
         def score(hidden_BPD: jax.Array, targets_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
             return score_targets(_without(vocab.mask_id, model.predict(hidden_BPD)), targets_BP)
 
-        found = score_in_chunks(score, gather_positions(hidden_BLD, places_BP), targets_BP, self.cfg.compute.head_chunk)
+        found = score_in_chunks(score, hidden_BPD, targets_BP, self.cfg.compute.head_chunk)
         nll_BP, correct_BP = (jnp.where(used_BP, x_BP, 0.0) for x_BP in found)
         return nll_BP, correct_BP, used_BP.astype(jnp.float32)
 

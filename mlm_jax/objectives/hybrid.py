@@ -14,8 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mlm_jax import masking
-from mlm_jax.model.heads import gather_positions
+from mlm_jax import flops, masking
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import MaskedLM, mask_batch
 from mlm_jax.objectives.rates import scheduled_rates
@@ -63,9 +62,9 @@ class HybridLM(MaskedLM):
     ) -> jax.Array:
         model = self.network.bind(params)
         causal_B = jnp.ones_like(tokens_BL[:, 0], bool) if causal else None
-        hidden_BLD = model.encoder(tokens_BL, segment_ids_BL, key, causal_B=causal_B)
         # Nothing comes before a row's first token, CLS; whoever asks for it has what is asked for the second.
-        return model.predict(gather_positions(hidden_BLD, jnp.maximum(positions_BP - 1, 0)))
+        before_BP = jnp.maximum(positions_BP - 1, 0)
+        return model.predict(model.encoder(tokens_BL, segment_ids_BL, key, causal_B=causal_B, positions_BP=before_BP))
 
     def loss(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> LossSums:
         """The two cross-entropies, each a mean over its own tokens, added in proportion to their rows."""
@@ -93,6 +92,11 @@ class HybridLM(MaskedLM):
         nll_BP, _ = self._score(params, tokens_BL, batch, jnp.ones_like(tokens_BL[:, 0], bool), None)
         weights_BP = _has_predecessor(batch["segment_ids"])[:, 1:].astype(jnp.float32)
         return {"causal_bits_per_token": Term((nll_BP * weights_BP).sum() / math.log(2), weights_BP.sum())}
+
+    def flops_per_token(self, segment_length: float, predicted: float) -> float:
+        """The encoder's and the head's; see `Objective`."""
+        model = self.cfg.model
+        return flops.encoder_flops_per_token(model, segment_length) + flops.head_flops_per_token(model, predicted)
 
     def _score(
         self, params: Params, inputs_BL: jax.Array, batch: Batch, causal_B: jax.Array, key: jax.Array | None

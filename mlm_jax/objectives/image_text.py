@@ -16,7 +16,8 @@ from mlm_jax import flops, masking
 from mlm_jax.config import Config, TaskConfig
 from mlm_jax.model import patches
 from mlm_jax.model.encoder import Compute, Encoder
-from mlm_jax.model.heads import MaskedLanguageHead, gather_positions
+from mlm_jax.model.heads import MaskedLanguageHead
+from mlm_jax.model.layers import gather_positions
 from mlm_jax.model.patches import Hidden, Image, PatchHead
 from mlm_jax.model.task_heads import TextHead
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
@@ -155,9 +156,9 @@ class ImageText:
         """The encoder's and the head's, for a token of text its part of the image's as well; see `Objective`."""
         model = self.cfg.model
         total = segment_length + model.num_patches
-        encoder, head = flops.encoder_flops_per_token(model, total), flops.train_flops_per_token(model, total, predicted)
+        encoder, head = flops.encoder_flops_per_token(model, total), flops.head_flops_per_token(model, predicted)
         embedding = 6 * 3 * model.patch_size**2 * model.embed_dim
-        return head + (encoder + embedding) * model.num_patches / max(segment_length, 1.0)
+        return encoder + head + (encoder + embedding) * model.num_patches / max(segment_length, 1.0)
 
 
 def _as_flags(places_BM: jax.Array, count: int) -> jax.Array:

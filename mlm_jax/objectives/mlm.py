@@ -10,7 +10,7 @@ from flax import nnx
 from mlm_jax import flops, masking
 from mlm_jax.config import Config, MaskingConfig, ModelConfig
 from mlm_jax.model.encoder import Compute, Encoder
-from mlm_jax.model.heads import MaskedLanguageHead, gather_positions
+from mlm_jax.model.heads import MaskedLanguageHead
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.network import Network
 from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
@@ -28,8 +28,7 @@ class MaskedLanguageModel(nnx.Module):
         self, tokens_BL: jax.Array, segment_ids_BL: jax.Array, positions_BP: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
         """Float32 logits [B, P, V] at the given positions only."""
-        hidden_BLD = self.encoder(tokens_BL, segment_ids_BL, key)
-        return self.predict(gather_positions(hidden_BLD, positions_BP))
+        return self.predict(self.encoder(tokens_BL, segment_ids_BL, key, positions_BP=positions_BP))
 
     def predict(self, hidden_BPD: jax.Array) -> jax.Array:
         """Float32 logits [B, P, V] from the encoder's hidden states."""

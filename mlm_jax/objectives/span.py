@@ -13,7 +13,8 @@ from flax import nnx
 from mlm_jax import flops, masking
 from mlm_jax.config import Config
 from mlm_jax.model.encoder import Compute, Encoder
-from mlm_jax.model.heads import MaskedLanguageHead, SpanBoundaryHead, gather_positions
+from mlm_jax.model.heads import MaskedLanguageHead, SpanBoundaryHead
+from mlm_jax.model.layers import gather_positions
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.network import Network
@@ -113,4 +114,5 @@ class SpanBert:
         The head between two ends has two matrices of D × D more, and serves at most half of what is predicted.
         """
         extra = 6 * 2 * self.cfg.model.embed_dim**2 * predicted / 2
-        return flops.train_flops_per_token(self.cfg.model, segment_length, predicted) + extra
+        encoder = flops.encoder_flops_per_token(self.cfg.model, segment_length)
+        return encoder + flops.head_flops_per_token(self.cfg.model, predicted) + extra
