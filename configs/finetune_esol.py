@@ -6,7 +6,7 @@ Command:
 runs/chem is chem_mini's. `--config.task.random_init=True` gives the same network from random
 parameters, to compare with.
 Expected: see the README's table of tasks. The file has no dev part: a tenth of its molecules, by hash, becomes one, so that
-its root of the mean squared error (rmse, in log mol/l) is near MoleculeNet's with random splits, not with scaffolds.
+its root of the mean squared error (rmse, in log mol/l) compares with results on random splits, not on scaffolds.
 
 The values are ours.
 """

@@ -4,7 +4,7 @@ python tests/finetune_table.py --init RUN [RUN …] --data ../shared/data --out 
 
 All have the same data, steps, learning rate and seeds; random parameters have the first run's shape and tokenizer. What is
 finished in --out is not run again, so that the command can be interrupted and repeated; each line of results.jsonl there is
-one run. --scale 1 takes a minute or two a run on two cores.
+one run, and an --out is for one list of runs. --scale 1 takes a minute or two a run on two cores.
 
 SST-2 is there with its train file only, whose examples are phrases out of whole sentences. A part of the sentences, by hash,
 becomes the dev file, and every phrase that one of them contains is left out of training. Of BC5CDR's devel file the first
@@ -146,6 +146,11 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps")
     parser.add_argument("--tasks", nargs="+", default=OF_ENGLISH, choices=list(TASKS))
     options = parser.parse_args()
+    names = [pathlib.Path(init).name for init in options.init]
+    if len({*names, RANDOM}) <= len(names):
+        parser.error(
+            f"the runs {', '.join(names)} need different names, none of them {RANDOM!r}: they name columns and folders"
+        )
     inits = [*options.init, RANDOM]
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)
     for chatty in ("jax", "orbax", "absl"):

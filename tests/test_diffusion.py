@@ -186,7 +186,7 @@ def test_only_masked_tokens_cost_anything_and_the_mask_is_no_candidate(one, monk
         def loss(delta_BLD, params):
             monkeypatch.setattr(
                 "mlm_jax.model.encoder.gather_positions",
-                lambda hidden_BLD, positions_BP: gather_positions(hidden_BLD + delta_BLD, positions_BP),
+                lambda hidden_BLD, at: hidden_BLD if at is None else gather_positions(hidden_BLD + delta_BLD, at),
             )
             return built.loss(params, batch, Keys(keys, None, step), vocab).losses["bound"].mean()
 

@@ -1,5 +1,6 @@
 """FLOPs per token against hand counts and published tables, device peaks, and MFU."""
 
+import dataclasses
 import types
 
 import jax
@@ -50,6 +51,27 @@ def test_two_networks_and_a_projection_by_hand():
     objective = make_objective(cfg, Compute.resolve(cfg.compute))
     forward = 2 * (16 + 512 + 72) + 4 * 3 * 8 + 2 * (8 + 48) + 4 * 3 * 4 + 0.5 * 2 * (80 + 28)
     assert objective.flops_per_token(3.0, 0.5) == pytest.approx(3 * forward)
+
+
+def test_what_needs_all_hidden_states_pays_for_all_of_the_last_layer():
+    # 4·4·4 + 2·4·8 weights and 4·S·D for every token; a head of 4·4 + 4·10 for half of them. SpanBERT has two matrices of
+    # 4·4 more for a half of these; an image its two patches for every three tokens, which attend to all five and are
+    # embedded from 3·2·2 numbers.
+    model = config.ModelConfig(vocab_size=10, num_layers=1, embed_dim=4, num_heads=1, mlp_dim=8)
+    with_image = dataclasses.replace(model, image_size=2, patch_size=2)
+    forward, head = 2 * 128 + 4 * 3 * 4, 0.5 * 2 * 56
+
+    def found(objective, model=model):
+        cfg = config.Config(name="x", objective=objective, model=model)
+        return make_objective(cfg, Compute.resolve(cfg.compute)).flops_per_token(3.0, 0.5)
+
+    assert found("hybrid") == pytest.approx(3 * (forward + head))
+    assert found("span") == pytest.approx(3 * (forward + head + 0.25 * 2 * 2 * 16))
+    patches = with_image.num_patches
+    seeing_all = 2 * 128 + 4 * (3 + patches) * 4
+    assert found("image_text", with_image) == pytest.approx(
+        3 * (seeing_all + head + (seeing_all + 2 * 12 * 4) * patches / 3)
+    )
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_only_hidden_states_that_are_predicted_from_have_a_gradient(one, monkeyp
         def loss(delta_BLD):
             monkeypatch.setattr(
                 "mlm_jax.model.encoder.gather_positions",
-                lambda hidden_BLD, positions_BP: gather_positions(hidden_BLD + delta_BLD, positions_BP),
+                lambda hidden_BLD, at: hidden_BLD if at is None else gather_positions(hidden_BLD + delta_BLD, at),
             )
             return built.loss(params, batch, Keys(key, None), vocab).losses["mlm"].mean()
 

@@ -94,15 +94,13 @@ def run_bench(
     for each in (cfg, *against):
         check_batch(each.stages[stage_index], mesh, f"{each.name}: stages[{stage_index}]")
     with jax.set_mesh(mesh):
-        ours, *others = (_Ours(each, stage_index, corpus) for each, corpus in zip((cfg, *against), corpora, strict=True))
         corpus = corpora[0]
+        ours = _Contender(cfg, stage_index, corpus)
         result = {
             "config": cfg.name,
             "stage": stage_index,
-            **{name: getattr(stage, name) for name in ("batch_size", "seq_len", "accumulation")},
             **machine,
-            "dtype": ours.compute.dtype.name,
-            "parameters": ours.parameters,
+            **ours.shape(),
             "rows": "random" if corpus is None else str(data_dir),
             "memory": ours.memory(),  # before anything else of this process adds to it
             "loader": None if corpus is None else _measure_loader(cfg, stage, corpus, steps * rounds),
@@ -112,6 +110,7 @@ def run_bench(
             rival = HuggingFacePeer(cfg, stage, ours.rows, dtype=ours.compute.dtype.name, num_threads=machine["threads"])
             rival.run(2)  # torch allocates and chooses its kernels in its first steps
             runs["peer"] = rival.run
+        others = [_Contender(*each) for each in zip(against, [stage_index] * len(against), corpora[1:], strict=True)]
         runs |= {f"against {other.name}": other.run for other in others}
         seconds = alternate(runs, steps, rounds)
         result["step"] = ours.describe(seconds["ours"], steps)
@@ -124,11 +123,11 @@ def run_bench(
     return result
 
 
-class _Ours:
-    """The compiled step with its state and batch on the devices."""
+class _Contender:
+    """A recipe's compiled step with its state and batch on the devices."""
 
     def __init__(self, cfg: Config, stage: int, corpus: Corpus | None):
-        self.name = cfg.name
+        self.name, self.stage = cfg.name, cfg.stages[stage]
         self.rows = _random_rows(cfg, cfg.stages[stage]) if corpus is None else _corpus_rows(cfg, cfg.stages[stage], corpus)
         self.vocab = _vocab(cfg, corpus)
         self.compute = Compute.resolve(cfg.compute)
@@ -153,6 +152,11 @@ class _Ours:
         self.tokens = means["tokens"]  # real ones, in a step
         self.flops_per_token = objective.flops_per_token(means["segment_length"], means["predicted"])
 
+    def shape(self) -> dict[str, Any]:
+        """What was compiled: the rows of a step, the dtype and the parameters."""
+        rows = {name: getattr(self.stage, name) for name in ("batch_size", "seq_len", "accumulation")}
+        return {**rows, "dtype": self.compute.dtype.name, "parameters": self.parameters}
+
     def run(self, steps: int) -> None:
         """Runs so many steps, dispatched as training does it, and waits for the last one."""
         with jax.transfer_guard("disallow"):
@@ -163,7 +167,7 @@ class _Ours:
     def describe(self, seconds: list[float], steps: int) -> dict[str, Any]:
         """Times and rates from the seconds that a step took in each round."""
         if int(jax.device_get(self.metrics["nonfinite"])):
-            logger.warning("the loss is not finite: the times hold, but try a lower optimizer.learning_rate")
+            logger.warning("%s: the loss is not finite: the times hold, but try a lower optimizer.learning_rate", self.name)
         median = statistics.median(seconds)
         devices = jax.device_count()
         return {
@@ -203,10 +207,10 @@ class _Ours:
 def alternate(runs: Mapping[str, Callable[[int], None]], steps: int, rounds: int) -> dict[str, list[float]]:
     """Seconds a step of each contender in each round, one contender after the other within a round.
 
-    Whatever else slows the machine for a while then slows both.
+    Whatever else slows the machine for a while then slows all.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # unmeasured: memory that one has freed for the other, and the like
+    for run in runs.values():  # unmeasured: memory that one has freed for another, and the like
         run(steps)
     for _ in range(rounds):
         for name, run in runs.items():
@@ -334,7 +338,7 @@ def _breakdown(found: Breakdown) -> dict[str, Any]:
     }
 
 
-def _compare(ours: _Ours, other: HuggingFacePeer, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+def _compare(ours: _Contender, other: HuggingFacePeer, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
     assert other.parameters == ours.parameters + other.extra_parameters, (
         f"the peer has {other.parameters} parameters and ours {ours.parameters}, which are not the same model"
     )
@@ -351,12 +355,12 @@ def _compare(ours: _Ours, other: HuggingFacePeer, seconds: Mapping[str, list[flo
     }
 
 
-def _compare_recipes(ours: _Ours, other: _Ours, own: list[float], its: list[float], steps: int) -> dict[str, Any]:
+def _compare_recipes(ours: _Contender, other: _Contender, own: list[float], its: list[float], steps: int) -> dict[str, Any]:
     """Another recipe's step, and its tokens a second as a share of ours: by round, and as its arithmetic predicts."""
     ratios = [other.tokens / theirs / (ours.tokens / mine) for mine, theirs in zip(own, its, strict=True)]
     return {
         "config": other.name,
-        "parameters": other.parameters,
+        **other.shape(),
         "step": other.describe(its, steps),
         "ratio": _spread(ratios),
         "ratios": ratios,

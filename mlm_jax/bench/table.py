@@ -24,18 +24,17 @@ def format_table(result: Result) -> str:
 def _heading(result: Result) -> Iterator[str]:
     devices = f"{result['num_devices']} × {result['device']}" if result["num_devices"] > 1 else result["device"]
     rows = "random rows" if result["rows"] == "random" else f"rows of {result['rows']}"
-    yield (
-        f"{result['config']}, stage {result['stage']}: {result['batch_size']} rows of {result['seq_len']} tokens"
-        f"{_micro_batches(result)}, {result['parameters']:,} parameters, {result['dtype']}"
-    )
+    yield f"{result['config']}, stage {result['stage']}: {_shape(result)}"
     yield f"{devices} ({result['platform']}, {result['threads']} threads on the host), {rows}"
     if result["load"] > 0.75 * result["threads"]:
         # Threads that wait for each other suffer most, so a loaded machine distorts the ratio to a peer, too.
         yield f"the machine was busy before this began (load {result['load']:.1f}): do not trust these times"
 
 
-def _micro_batches(result: Result) -> str:
-    return f" in {result['accumulation']} micro-batches" if result["accumulation"] > 1 else ""
+def _shape(result: Result) -> str:
+    micro_batches = f" in {result['accumulation']} micro-batches" if result["accumulation"] > 1 else ""
+    rows = f"{result['batch_size']} rows of {result['seq_len']} tokens{micro_batches}"
+    return f"{rows}, {result['parameters']:,} parameters, {result['dtype']}"
 
 
 def _step(result: Result) -> Iterator[str]:
@@ -67,14 +66,11 @@ def _peer(result: Result) -> Iterator[str]:
 
 def _against(other: Result, config: str) -> Iterator[str]:
     step = other["step"]
-    yield f"against {other['config']}: {other['parameters']:,} parameters"
+    yield f"against {other['config']}: {_shape(other)}"
     yield _spread("  milliseconds", step["milliseconds"], ",.2f")
     yield _spread("  tokens/s", step["tokens_per_second"], ",.0f")
-    yield _spread("  share of the recipe's", other["ratio"], ".3f")
-    yield (
-        f"  at {step['flops_per_token'] / 1e6:,.2f} MFLOP a token {other['ratio_by_flops']:.3f} of the tokens/s of {config} "
-        "would be as much arithmetic"
-    )
+    yield _spread(f"  as a share of {config}"[:28], other["ratio"], ".3f")
+    yield f"  by arithmetic alone, at {step['flops_per_token'] / 1e6:,.2f} MFLOP a token: {other['ratio_by_flops']:.3f}"
 
 
 def _loader(result: Result) -> Iterator[str]:

@@ -44,8 +44,7 @@ def describe(cfg: Config, stage_index: int, topology: Topology, program: Program
 def _estimate(cfg: Config, stage: StageConfig, topology: Topology, program: Program) -> dict[str, Any]:
     line = estimate_step(program.compiled.as_text(), program.mesh, topology)
     # Full rows of one segment each, as `bench` makes them up.
-    predicted = num_slots(stage.seq_len, cfg.mask_rate(stage)) / stage.seq_len
-    per_token = program.objective.flops_per_token(stage.seq_len, predicted)
+    per_token = program.objective.flops_per_token(stage.seq_len, _predicted(cfg, stage))
     tokens = stage.batch_size * stage.seq_len
     devices = topology.devices
     return {
@@ -73,6 +72,16 @@ def _estimate(cfg: Config, stage: StageConfig, topology: Topology, program: Prog
             for found, count in sorted(line.collectives.items(), key=lambda item: -item[0].seconds * item[1])
         ],
     }
+
+
+def _predicted(cfg: Config, stage: StageConfig) -> float:
+    """The share of its tokens that a row predicts."""
+    if cfg.objective == "diffusion":
+        most = cfg.diffusion.scored_share
+        return most - most**2 / 2  # the mean of rates from 0 to 1, each at most `scored_share`
+    masked = num_slots(stage.seq_len, cfg.mask_rate(stage)) / stage.seq_len
+    causal = cfg.hybrid.causal_share if cfg.objective == "hybrid" else 0.0
+    return causal + (1.0 - causal) * masked
 
 
 def _groups(line: Timeline) -> dict[str, dict[str, float]]:

@@ -6,8 +6,7 @@ from mlm_jax.config.sections import TASKS, Config, MaskingConfig, TaskConfig
 
 
 def check_objectives(cfg: Config) -> None:
-    """See `checks.check`."""
-    _check_masking(cfg)
+    """See `checks.check`. Of masking `check_masking` is to come first, before what a stage makes of it."""
     if cfg.objective == "diffusion":
         _check_diffusion(cfg)
     if cfg.objective == "hybrid":
@@ -16,7 +15,8 @@ def check_objectives(cfg: Config) -> None:
     _check_task(cfg)
 
 
-def _check_masking(cfg: Config) -> None:
+def check_masking(cfg: Config) -> None:
+    """See `checks.check`."""
     masking = cfg.masking
     require(
         cfg.objective != "span" or masking.policy in ("span", "ngram"),

@@ -3,7 +3,7 @@
 import re
 
 from mlm_jax.config.check_data import check_data
-from mlm_jax.config.check_objectives import check_objectives
+from mlm_jax.config.check_objectives import check_masking, check_objectives
 from mlm_jax.config.conversion import nearest
 from mlm_jax.config.limits import SCHEDULES, check_fields, require
 from mlm_jax.config.sections import Config, StageConfig
@@ -24,6 +24,7 @@ def check(cfg: Config) -> None:
     check_data(cfg)
     _check_model(cfg)
     _check_training(cfg)
+    check_masking(cfg)
     for index, stage in enumerate(cfg.stages):
         _check_stage(cfg, f"stages[{index}]", stage)
     check_objectives(cfg)

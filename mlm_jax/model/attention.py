@@ -90,7 +90,10 @@ class Attention(nnx.Module):
     def __call__(
         self, hidden_BLD: jax.Array, sight: Sight, key: jax.Array | None, positions_BP: jax.Array | None = None
     ) -> jax.Array:
-        """What each position takes from those that it sees: [B, L, D], or [B, P, D] at the given positions only."""
+        """What each position takes from those that it sees: [B, L, D].
+
+        With positions, [B, P, D] of these alone; behind the weighted mean of values every L is then a P.
+        """
         if sight.implementation == "row":
             return self._by_row(hidden_BLD, sight, positions_BP)
         if sight.implementation == "splash":
@@ -116,15 +119,13 @@ class Attention(nnx.Module):
         mixed_BHLK = attend(query_BHLK, key_BHLK, value_BHLK, sight, dropout_rate=dropout_rate, dropout_key=key)
         output_HKD = self.output_HKD[...]
         if sight.implementation == "cudnn":
-            mixed_BHLK = _at_positions(mixed_BHLK, positions_BP)
+            mixed_BHLK = gather_positions(mixed_BHLK, positions_BP, axis=2)
             out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
         else:
             flat_FD = _merge_heads(output_HKD, 0)
             shape_BLF = (*hidden_BLD.shape[:2], flat_FD.shape[0])
             flat_BLF = jnp.reshape(mixed_BHLK.swapaxes(1, 2), shape_BLF, out_sharding=SHARDING.mlp_BLF)
-            if positions_BP is not None:
-                flat_BLF = gather_positions(flat_BLF, positions_BP)
-            out_BLD = dense(flat_BLF, flat_FD, SHARDING.hidden_BLD)
+            out_BLD = dense(gather_positions(flat_BLF, positions_BP), flat_FD, SHARDING.hidden_BLD)
         return add_bias(out_BLD, self.output_bias_D, (2,))
 
     def _by_row(self, hidden_BLD: jax.Array, sight: Sight, positions_BP: jax.Array | None) -> jax.Array:
@@ -142,8 +143,7 @@ class Attention(nnx.Module):
             query_BLF = add_bias(query_BLF, _merge_heads(self.query_bias_HK[...] * scale, 0), (2,))
         with jax.named_scope("attention_core"):
             mixed_BLF = checkpoint_name(_row(query_BLF, key_BLF, value_BLF, sight, self.cfg.head_dim), KERNEL_RESULTS)
-        if positions_BP is not None:
-            mixed_BLF = gather_positions(mixed_BLF, positions_BP)
+        mixed_BLF = gather_positions(mixed_BLF, positions_BP)
         out_BLD = dense(mixed_BLF, _merge_heads(self.output_HKD[...], 0), SHARDING.hidden_BLD)
         return add_bias(out_BLD, self._output_and_value_bias(), (2,))
 
@@ -164,7 +164,8 @@ class Attention(nnx.Module):
             query_BHKL, key_BHKL = (rotate(x, sight.rotation, length_last=True) for x in (query_BHKL, key_BHKL))
         query_BHLK, key_BHMK, value_BHMK = (x.swapaxes(2, 3) for x in (query_BHKL, key_BHKL, value_BHKL))
         with jax.named_scope("attention_core"):
-            mixed_BHLK = _at_positions(_splash(query_BHLK, key_BHMK, value_BHMK, sight), positions_BP)
+            mixed_BHLK = _splash(query_BHLK, key_BHMK, value_BHMK, sight)
+        mixed_BHLK = gather_positions(mixed_BHLK, positions_BP, axis=2)
         output_HKD = self.output_HKD[...]
         out_BLD = jnp.einsum("BHLK,HKD->BLD", mixed_BHLK, output_HKD, out_sharding=SHARDING.hidden_BLD)
         return add_bias(out_BLD, self._output_and_value_bias(), (2,))
@@ -176,11 +177,6 @@ class Attention(nnx.Module):
         output_HKD = self.output_HKD[...]
         value_bias_HKD = jax.lax.broadcast_in_dim(self.value_bias_HK[...], output_HKD.shape, (0, 1))
         return self.output_bias_D[...] + (value_bias_HKD * output_HKD).sum((0, 1))
-
-
-def _at_positions(mixed_BHLK: jax.Array, positions_BP: jax.Array | None) -> jax.Array:
-    """[B, H, P, K], or all of it where no positions are given."""
-    return mixed_BHLK if positions_BP is None else jnp.take_along_axis(mixed_BHLK, positions_BP[:, None, :, None], axis=2)
 
 
 def _merge_heads(param: jax.Array, axis: int) -> jax.Array:

@@ -22,7 +22,7 @@ from mlm_jax.model.layers import (
     weight_init,
 )
 from mlm_jax.model.patches import Image, PatchEmbeddings
-from mlm_jax.model.stack import run_layers
+from mlm_jax.model.stack import run_layers, scanned_layers
 from mlm_jax.segments import attended, languages
 from mlm_jax.sharding import REPLICAS, ROWS, SHARDING, gather, is_stacked
 
@@ -122,15 +122,13 @@ class Block(nnx.Module):
 
         Args:
             normed: whether these need no norm before the attention.
-            positions_BP: where they are wanted, [B, P, D]; None for everywhere.
+            positions_BP: where they are wanted, [B, P, D]; None for everywhere. Behind attention every L is then a P.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
         with jax.named_scope("attention"):
             input_BLD = self.attention_norm(hidden_BLD) if self.pre_norm and not normed else hidden_BLD
             mixed_BLD = dropout(self.attention(input_BLD, sight, keys[0], positions_BP), self.dropout, keys[1])
-        if positions_BP is not None:
-            hidden_BLD = gather_positions(hidden_BLD, positions_BP)
-        hidden_BLD = hidden_BLD + mixed_BLD
+        hidden_BLD = gather_positions(hidden_BLD, positions_BP) + mixed_BLD
         if not self.pre_norm:
             hidden_BLD = self.attention_norm(hidden_BLD)
         with jax.named_scope("mlp"):
@@ -176,8 +174,8 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """Final hidden states.
 
-        Behind the last layer's attention only the wanted positions are computed with. A model whose 15% are predicted so
-        saves five eighths of a layer's matrix products.
+        Where the last layer is not part of a scan, only the wanted positions are computed with behind its attention. If
+        they are 15%, BERT saves five eighths of a layer's products with weights.
 
         Args:
             tokens_BL: int32 token ids.
@@ -219,22 +217,20 @@ class Encoder(nnx.Module):
             Sight.of(cfg, implementation, segments_BL, causal_B, positions_BL, local=local) for local in (False, True)
         )
 
+        last, scan = cfg.num_layers - 1, compute.scan_layers
+        # To take the last layer out of a scan, the parameters and gradients of all would be copied once more.
+        is_alone = last not in scanned_layers(cfg, scan=scan)
+        early = is_alone and positions_BP is not None and positions_BP.shape[1] < hidden_BLD.shape[1]
+
         def apply(index: int, hidden_BLD: jax.Array, layer: tuple[Block, jax.Array | None]) -> jax.Array:
             block, layer_key = gather(gather(layer[0], REPLICAS), ("fsdp",)), layer[1]
             sight = sees_window if cfg.is_local(index) else sees_all
-            wanted_BP = positions_BP if index == cfg.num_layers - 1 else None
+            wanted_BP = positions_BP if early and index == last else None
             return block(hidden_BLD, sight, layer_key, normed=index == 0 and not cfg.first_norm, positions_BP=wanted_BP)
 
         stacked = (self.layers, None if keys is None else keys[:-1])
-        hidden_BLD = run_layers(
-            apply,
-            hidden_BLD,
-            stacked,
-            cfg,
-            scan=compute.scan_layers,
-            remat=compute.remat,
-            last_alone=positions_BP is not None,
-        )
+        hidden_BLD = run_layers(apply, hidden_BLD, stacked, cfg, scan=scan, remat=compute.remat)
+        hidden_BLD = gather_positions(hidden_BLD, None if early else positions_BP)
         return self.final_norm(hidden_BLD) if cfg.pre_norm else hidden_BLD
 
 

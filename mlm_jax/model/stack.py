@@ -21,23 +21,34 @@ class ApplyLayer(Protocol):
     def __call__(self, index: int, hidden_BLD: jax.Array, layer: Any, /) -> jax.Array: ...
 
 
+def scanned_layers(cfg: ModelConfig, *, scan: bool) -> range:
+    """The layers of which a scan is made: as many whole repetitions of the pattern as there are.
+
+    The first layer, where it is not as the others, and what is left at the end are not among them. One layer is no scan.
+    """
+    first = int(cfg.pre_norm and not cfg.first_norm)
+    alike = cfg.num_layers - first
+    groups = alike // _period(cfg) if scan and alike > 1 else 0
+    return range(first, first + groups * _period(cfg))
+
+
+def _period(cfg: ModelConfig) -> int:
+    """The layers after which the pattern of global and local ones repeats."""
+    return cfg.global_every if cfg.local_window else 1
+
+
 def run_layers(
-    apply: ApplyLayer, hidden_BLD: jax.Array, stacked: Any, cfg: ModelConfig, *, scan: bool, remat: str, last_alone: bool
+    apply: ApplyLayer, hidden_BLD: jax.Array, stacked: Any, cfg: ModelConfig, *, scan: bool, remat: str
 ) -> jax.Array:
     """The hidden states behind the last layer.
 
-    A scan is over as many whole repetitions of the pattern as there are; the first and the last layer, where they are not
-    as the others, and what is left at the end are run by themselves.
+    What `scanned_layers` leaves is run layer by layer.
 
     Args:
         stacked: parameters of the layers, and their keys or None.
-        last_alone: whether the last layer is not as the others.
     """
-    single = int(cfg.pre_norm and not cfg.first_norm)
-    period = cfg.global_every if cfg.local_window else 1
-    alike = cfg.num_layers - single - last_alone
-    groups = alike // period if scan and alike > 1 else 0  # a scan over one layer would be none
-    scanned = range(single, single + groups * period)
+    scanned, period = scanned_layers(cfg, scan=scan), _period(cfg)
+    single, groups = scanned.start, len(scanned) // period
 
     def layer(index: int, hidden_BLD: jax.Array, part: Any) -> jax.Array:
         # Within a scan nothing can be merged with the forward pass; unrolled, XLA would undo the recomputation.

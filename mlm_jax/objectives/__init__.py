@@ -1,6 +1,6 @@
 """Pre-training objectives, one file each, and the tasks of fine-tuning, behind the contract of `contract`.
 
-A new objective is a class with the members of `Objective`, its line in `OBJECTIVES`, and its name in `config.checks`.
+A new objective is a class with the members of `Objective`, its line in `OBJECTIVES`, and its name in `config.limits`.
 """
 
 import dataclasses
