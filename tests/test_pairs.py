@@ -120,6 +120,11 @@ def test_every_row_holds_whole_pairs(corpus: pathlib.Path) -> None:
     assert found == set(PAIRS)
 
 
+def test_what_stands_between_the_parts_is_not_counted_as_text(corpus: pathlib.Path) -> None:
+    made = open_corpus(corpus)
+    assert (made.unigrams[sorted(made.tokenizer.special_ids)] == 0).all() and made.unigrams.sum() > 1000
+
+
 @pytest.fixture(scope="module")
 def logits():
     """Logits at all positions of a tiny random model."""

@@ -120,7 +120,7 @@ def pack_documents(bucket: Bucket, row_format: RowFormat, found: units.Documents
         rows,
     )
     with atomic.replacing(building / f"unigrams-{bucket.name}.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, _count_tokens(documents, row_format.vocab_size))
+        np.save(file, _count_text(documents, row_format))
     with atomic.replacing(_summary_path(bucket, building)) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(summary)))
     return summary
@@ -141,10 +141,12 @@ def _from_json(content: bytes) -> BucketSummary:
     return BucketSummary(bucket=Bucket(**raw.pop("bucket")), rows=rows, **raw)
 
 
-def _count_tokens(documents: units.Documents, vocab_size: int) -> np.ndarray:
-    counts = np.zeros(vocab_size, np.int64)
+def _count_text(documents: units.Documents, row_format: RowFormat) -> np.ndarray:
+    """How often each id is text; between the parts of a pair are ids that are not."""
+    counts = np.zeros(row_format.vocab_size, np.int64)
     for start, length in zip(documents.starts.tolist(), documents.lengths.tolist(), strict=True):
         np.add.at(counts, documents.tokens[start : start + length], 1)
+    counts[[row_format.cls_id, row_format.sep_id]] = 0
     return counts
 
 

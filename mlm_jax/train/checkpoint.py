@@ -233,7 +233,8 @@ def load_params(workdir: Workdir, abstract_params: Any, *, ema: bool) -> tuple[A
 
 
 def _kept_digests(checkpoint: epath.Path) -> dict[str, dict[str, int]]:
-    metadata = ocp.checkpointables_metadata(checkpoint).custom_metadata
+    # Of a relative path Orbax reads no more than this part, and warns of the others.
+    metadata = ocp.checkpointables_metadata(checkpoint.resolve()).custom_metadata
     return metadata.get(DIGESTS, {}) if isinstance(metadata, dict) else {}
 
 
