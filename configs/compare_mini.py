@@ -23,7 +23,8 @@ VARIANTS = {
     "whole_word": {"masking": {"policy": "whole_word", "rate": 0.3}},
     "span": {"objective": "span", "masking": {"policy": "span", "rate": 0.3}},
     "rtd": {"objective": "rtd", "masking": {"rate": 0.3, "mask_prob": 1.0, "random_prob": 0.0}},
-    "diffusion": {"objective": "diffusion", "masking": {}},  # it draws its own rates
+    # It draws its own rates; where more of a row is masked, a random half stands for all, as in diffusion_mini.
+    "diffusion": {"objective": "diffusion", "masking": {}, "diffusion": {"scored_share": 0.5}},
     "hybrid": {"objective": "hybrid"},
 }
 

@@ -68,24 +68,9 @@ def run_bench(
     Raises:
         UserError: an argument is out of range, the corpus does not fit, or the peer is not installed.
     """
-    for each in (cfg, *against):
-        if not 0 <= stage_index < len(each.stages):
-            raise UserError(f"--stage={stage_index}: {each.name} has {len(each.stages)} stage(s), counted from 0")
-        if each.sharding != cfg.sharding:
-            raise UserError(f"--against: {each.name} has {each.sharding}, {cfg.name} {cfg.sharding}: one mesh is for all")
-    names = [each.name for each in (cfg, *against)]
-    if len({*names}) < len(names):
-        raise UserError(f"--against: the recipes {', '.join(names)} must have different names")
-    for name, value in (("steps", steps), ("rounds", rounds)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be positive")
+    _check(cfg, against, stage_index, steps, rounds)
     if peer is not None:
-        if cfg.objective != "mlm" or cfg.model.table_dim or differences(cfg.model, "bert"):
-            raise UserError(
-                f"--peer={peer}: the peers are BERT, with objective 'mlm', model.table_dim=0 and nothing that came later: "
-                "leave it out"
-            )
-        check_installed(peer)
+        _check_peer(cfg, peer)
         # The peer needs memory of the same device, of which JAX would else take three quarters when it starts.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     stage, machine = cfg.stages[stage_index], _machine()
@@ -121,6 +106,29 @@ def run_bench(
             _compare_recipes(ours, other, seconds["ours"], seconds[f"against {other.name}"], steps) for other in others
         ]
     return result
+
+
+def _check(cfg: Config, against: Sequence[Config], stage_index: int, steps: int, rounds: int) -> None:
+    for each in (cfg, *against):
+        if not 0 <= stage_index < len(each.stages):
+            raise UserError(f"--stage={stage_index}: {each.name} has {len(each.stages)} stage(s), counted from 0")
+        if each.sharding != cfg.sharding:
+            raise UserError(f"--against: {each.name} has {each.sharding}, {cfg.name} {cfg.sharding}: one mesh is for all")
+    names = [each.name for each in (cfg, *against)]
+    if len({*names}) < len(names):
+        raise UserError(f"--against: the recipes {', '.join(names)} must have different names")
+    for name, value in (("steps", steps), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be positive")
+
+
+def _check_peer(cfg: Config, peer: str) -> None:
+    if cfg.objective != "mlm" or cfg.model.table_dim or differences(cfg.model, "bert"):
+        raise UserError(
+            f"--peer={peer}: the peers are BERT, with objective 'mlm', model.table_dim=0 and nothing that came later: "
+            "leave it out"
+        )
+    check_installed(peer)
 
 
 class _Contender:
