@@ -5,7 +5,7 @@ Command:
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
     mlm-jax generate --workdir runs/diffusion_mini --prompt 'The old house' --length 40 --count 4
 Without the third line it reads the documentation that comes with Python, over and over.
-Expected: 4,282,880 parameters, 4,096 tokens a step, 12.3 million tokens in all.
+Expected: 4,282,880 parameters, 4,096 tokens a step, 20.5 million tokens in all.
 Reference topology: one machine with 2 CPU cores.
 
 The values are ours, close to modern_mini's, which has the same shape but for its local layers; no publication stands
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "clip_norm": 1.0,  # rows of few masks have large weights
                 "ema_decay": 0.995,  # samples show the noise of the last updates more than losses do
             },
-            "stages": ({"steps": 3000, "seq_len": 128, "batch_size": 32},),
+            "stages": ({"steps": 5000, "seq_len": 128, "batch_size": 32},),
             "train": {"log_every": 50, "checkpoint_every": 500},
             "evaluation": {
                 "every": 500,

@@ -6,6 +6,7 @@ No torch: the models are the frozen ones of golden/ and random ones of ours. tes
 import errno
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from mlm_jax.cli import main
 from mlm_jax.config import Config, ShardingConfig
 from mlm_jax.errors import MachineError, UserError
 from mlm_jax.inference import open_run
+from mlm_jax.interop.folder import check_tokenizer, open_folder
 from mlm_jax.interop.load import import_folder
 from mlm_jax.interop.save import export_run
 from mlm_jax.objectives import make_objective
@@ -408,6 +410,18 @@ def test_a_config_that_cannot_be_imported(fields, message, tmp_path):
 def test_a_family_s_own_rules(name, fields, message, tmp_path):
     with pytest.raises(UserError, match=message):
         import_folder(frozen_folder(name, tmp_path / "theirs", **fields), tmp_path / "workdir")
+
+
+def test_a_tokenizer_of_far_fewer_ids_is_worth_a_warning(tmp_path, caplog):
+    """Tables padded by a few rows are not."""
+    folder = open_folder(frozen_folder("bert", tmp_path / "theirs"))
+    for ids, expected in (
+        (66, []),
+        (10, ["the tokenizer has 10 ids and the model 72: look whether it is this model's own"]),
+    ):
+        caplog.clear()
+        check_tokenizer(types.SimpleNamespace(vocab_size=ids, pad_id=0), folder)
+        assert [record.getMessage().removeprefix(f"{folder.path}: ") for record in caplog.records] == expected
 
 
 def test_a_generator_that_does_not_belong(tmp_path):

@@ -72,7 +72,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Folder) -> None:
-    """Whether a tokenizer can be the folder's.
+    """Whether a tokenizer can be the folder's. Tables are padded by a few rows often; many are worth a warning.
 
     Raises:
         UserError: it has more ids, or its padding is elsewhere.
@@ -86,6 +86,13 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Folder) -> None:
         raise UserError(
             f"{folder.path}: config.json has pad_token_id={folder.pad_id}, and the tokenizer's is {tokenizer.pad_id}: they "
             "do not belong together"
+        )
+    if tokenizer.vocab_size < 0.9 * folder.model.vocab_size:
+        logger.warning(
+            "%s: the tokenizer has %d ids and the model %d: look whether it is this model's own",
+            folder.path,
+            tokenizer.vocab_size,
+            folder.model.vocab_size,
         )
 
 
