@@ -144,6 +144,18 @@ def test_a_backward_kernel_of_all_three_gradients_has_a_fifth_product():
     assert seconds[1] == pytest.approx(seconds[0] * 5 / 4)
 
 
+def test_a_library_s_product_is_told_to_be_missing():
+    text = """ENTRY %main (x: bf16[64,64]) -> bf16[64,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %hint = bf16[64,64]{1,0} custom-call(%x), custom_call_target="AssumeGatherIndicesInBound"
+  ROOT %y = bf16[64,64]{1,0} custom-call(%hint, %x), custom_call_target="__cublas$gemm"
+}
+"""
+    topology = topology_of("v5e", (2, 2))
+    line = estimate_step(text, mesh_of(topology, data=4), topology)
+    assert dict(line.unknown) == {"products of a library counted as free": 1} and line.seconds == 0
+
+
 def test_a_kernel_of_a_local_layer_counts_the_blocks_that_it_visits():
     """Of four blocks of keys each block of queries visits at most three, and of each four blocks of queries three."""
     heads = "".join(f"  %{name} = bf16[2,4,256,64]{{3,2,1,0}} parameter({i})\n" for i, name in enumerate("qkv"))

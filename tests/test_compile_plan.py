@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -13,13 +14,14 @@ import pytest
 from tiny_step import CFG
 
 from mlm_jax import cli
-from mlm_jax.compile import plan
+from mlm_jax.compile import plan, run
 from mlm_jax.compile.chips import CHIPS
 from mlm_jax.compile.describe import describe
 from mlm_jax.compile.program import DoesNotFit, compile_step, count_parameters, out_of_memory
 from mlm_jax.compile.table import format_plan, format_result, format_row
 from mlm_jax.compile.topology import Topology
 from mlm_jax.config import ModelConfig, OptimizerConfig, ShardingConfig, StageConfig, load_config
+from mlm_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 # What the recipes' sources say, as those with variants have none without a name.
@@ -175,8 +177,8 @@ def test_a_plan_ranks_what_fits_and_skips_what_needs_more_than_what_did_not():
     def attempt(cfg):
         tried.append(cfg)
         if needed[cfg] > limit:
-            return {"fits": False, "reason": "it is too large"}
-        return {"fits": True, "milliseconds": 10.0 + cfg.sharding.fsdp}
+            return {"fits": False, "too_large": True, "reason": "it is too large"}
+        return {"fits": True, "too_large": False, "milliseconds": 10.0 + cfg.sharding.fsdp}
 
     found = plan.explore(BASE, 1, chosen, attempt)
     assert tried[0] == BASE and len(found) == len(tried)
@@ -245,14 +247,54 @@ def test_every_time_is_labelled():
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "data=16 × fsdp=1, ZeRO" in text
     how = "data 16 ZeRO, scan, remat none, splash"
-    assert format_row(result()) == f"| x | 256 / 2 × 512 | v5e:4x4 | {how} | 3.00 of 16.00 | 100.0 | 1,300,000 | 25.0% |"
+    assert (
+        format_row(result()) == f"| x | 256 / 2 × 512 | v5e:4x4 | {how} | 3.00 of 16.00 | 100.0 | 0.0 | 1,300,000 | 25.0% |"
+    )
     assert "does not fit" in format_row({"config": "x", "stage": 0, "topology": "v5e:2x2", "reason": "it does not fit"})
     shown = format_plan(
         {"config": "x", "stage": 1, "topology": "v5e:4x4", "overrides": ["--config.compute.remat=dots"], "best": result(),
          "candidates": [{"fits": True, "milliseconds": 9.0, "mfu": None, "memory": 2**30, "overrides": []},
-                        {"fits": False, "reason": "no", "overrides": ["--config.compute.remat=full"]}]}
+                        {"fits": False, "reason": "no memory", "overrides": ["--config.compute.remat=full"]}]}
     )  # fmt: skip
-    assert shown.endswith("best: --config.compute.remat=dots") and "does not fit" in shown
+    assert shown.endswith("best: --config.compute.remat=dots") and "failed  --config.compute.remat=full: no memory" in shown
+
+
+def test_a_candidate_that_fails_otherwise_costs_no_others(monkeypatch):
+    def fail(error):
+        def compile_step(cfg, stage_index, devices):
+            raise error
+
+        monkeypatch.setattr(plan, "compile_step", compile_step)
+        return plan._attempt(BASE, 1, topology_of("v5e", 16))
+
+    assert fail(out_of_memory("RESOURCE_EXHAUSTED: something"))["too_large"]
+    broken = fail(jax.errors.JaxRuntimeError("INTERNAL: a fault\nof many lines"))
+    assert (broken["fits"], broken["too_large"], broken["reason"]) == (False, False, "INTERNAL: a fault")
+    chosen = plan.shortlist(BASE, 1, topology_of("v5p", 16), PARAMETERS, "splash", 5)
+    assert len(plan.explore(BASE, 1, chosen, lambda cfg: broken)) == 6
+
+
+def test_a_table_has_every_row_that_can_be_and_says_why_others_cannot(monkeypatch, capsys, caplog):
+    """As `compile --table configs/*.py` meets them: recipes with variants, of tasks, without a topology."""
+
+    def run_compile(cfg, topology, *, stage_index, rows_per_device):
+        if topology == "h200:1x1":
+            raise UserError("its compiler is not installed")
+        return result() | {"config": cfg.name, "stage": stage_index, "topology": topology}
+
+    monkeypatch.setattr(run, "run_compile", run_compile)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the command sets some of its variables
+    names = ("bert_base", "compare_mini", "electra_small", "finetune_cola", "smoke")
+    files = [str(CONFIGS / f"{name}.py") for name in names]
+    assert cli.main(["compile", "--table", *files]) == 0
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == ["bert_base", "bert_base", "electra_small"]
+    assert "compare_mini.py could not be read" in caplog.text and "finetune_cola.py is a recipe of" in caplog.text
+    assert cli.main(["compile", "--table", files[0], "--stage", "1", "--topology", "v5e:4x4", "--topology", "v4:2x2x2"]) == 0
+    assert [line.split(" | ")[2] for line in capsys.readouterr().out.splitlines()[2:]] == ["v5e:4x4", "v4:2x2x2"]
+    for only, message in ((files[1], "it needs a variant"), (files[2], "is not installed"), (files[4], "give --topology")):
+        assert cli.main(["compile", "--table", only]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

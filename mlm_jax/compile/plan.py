@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from mlm_jax.compile.describe import describe
-from mlm_jax.compile.program import compile_step, count_parameters
+from mlm_jax.compile.program import DoesNotFit, compile_step, count_parameters
 from mlm_jax.compile.topology import Topology
 from mlm_jax.config import Config, ModelConfig, ShardingConfig, StageConfig
 from mlm_jax.errors import UserError
@@ -189,7 +189,7 @@ def explore(
     A candidate that needs more, by arithmetic, than one that did not fit is left out.
 
     Args:
-        attempt: says whether a config `fits`, and then in how many `milliseconds`.
+        attempt: says whether a config `fits`, and then in how many `milliseconds`; and whether it is `too_large`.
     """
     tried: list[dict[str, Any]] = [{"overrides": []} | attempt(cfg)]
     too_large = math.inf
@@ -200,7 +200,7 @@ def explore(
             continue
         logger.info("candidate %d of %d: %s", number, len(chosen), " ".join(overrides))
         tried.append({"overrides": overrides} | attempt(candidate.apply(cfg, stage_index)))
-        if not tried[-1]["fits"]:
+        if tried[-1]["too_large"]:
             too_large = min(too_large, needed)
     return sorted(tried, key=lambda one: one["milliseconds"] if one["fits"] else math.inf)
 
@@ -209,13 +209,14 @@ def _attempt(cfg: Config, stage_index: int, topology: Topology) -> dict[str, Any
     """Compiles one config."""
     try:
         result = describe(cfg, stage_index, topology, compile_step(cfg, stage_index, topology.devices))
-    except UserError as error:
+    except (UserError, jax.errors.JaxRuntimeError) as error:  # the compiler's own failures cost one candidate, not the plan
         logger.info("  %s", error)
-        return {"fits": False, "reason": str(error)}
+        return {"fits": False, "too_large": isinstance(error, DoesNotFit), "reason": str(error).splitlines()[0]}
     estimate = result["estimate"]
     logger.info("  estimate %.2f ms, %.2f GiB", estimate["milliseconds"], result["memory"]["total"] / 2**30)
     return {
         "fits": True,
+        "too_large": False,
         "milliseconds": estimate["milliseconds"],
         "mfu": estimate["mfu"],
         "memory": result["memory"]["total"],

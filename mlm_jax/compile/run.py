@@ -7,7 +7,7 @@ from typing import Any
 
 from mlm_jax.compile.describe import describe
 from mlm_jax.compile.plan import run_plan
-from mlm_jax.compile.program import DoesNotFit, compile_step
+from mlm_jax.compile.program import compile_step
 from mlm_jax.compile.topology import EXAMPLES, open_topology
 from mlm_jax.config import Config
 from mlm_jax.errors import UserError
@@ -56,16 +56,23 @@ def run_compile(
 
 
 def run_table(
-    recipes: Sequence[Config], topologies: Sequence[str], *, rows_per_device: int | None = None
+    recipes: Sequence[Config],
+    topologies: Sequence[str],
+    stage_index: int | None = None,
+    *,
+    rows_per_device: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Every stage of every recipe on each topology, or on its reference topology; recipes that name none are left out."""
+    """Every stage of every recipe, or one of each, on each topology or on the recipe's own; what cannot be has a `reason`.
+
+    Recipes that name no topology are left out.
+    """
     for cfg in recipes:
         if not topologies and not cfg.reference_topology:
             logger.info("%s names no reference_topology and is left out", cfg.name)
             continue
         for topology in topologies or [cfg.reference_topology]:
-            for index in range(len(cfg.stages)):
+            for index in range(len(cfg.stages)) if stage_index is None else [stage_index]:
                 try:
                     yield run_compile(cfg, topology, stage_index=index, rows_per_device=rows_per_device)
-                except DoesNotFit as error:
+                except UserError as error:
                     yield {"config": cfg.name, "stage": index, "topology": topology, "reason": str(error)}

@@ -91,7 +91,7 @@ def format_plan(plan: Result) -> str:
     for one in plan["candidates"]:
         how = " ".join(one["overrides"]) or "the config as it is"
         if not one["fits"]:
-            lines.append(f"{'does not fit':>28}  {how}")
+            lines.append(f"{'failed':>28}  {how}: {one['reason']}")
             continue
         mfu = "" if one["mfu"] is None else f"{one['mfu']:.1%}"
         lines.append(f"{one['milliseconds']:12,.2f}{mfu:>8}{one['memory'] / GiB:8.2f}  {how}")
@@ -100,25 +100,26 @@ def format_plan(plan: Result) -> str:
 
 
 TABLE_HEAD = (
-    "| Recipe | Rows × length | Topology | Execution | GiB of a chip | Estimated ms | Tokens/s | MFU |\n"
-    "|--|--|--|--|--|--|--|--|"
+    "| Recipe | Rows × length | Topology | Execution | GiB of a chip | Estimated ms | Collectives | Tokens/s | MFU |\n"
+    "|--|--|--|--|--|--|--|--|--|"
 )
 
 
 def format_row(result: Result) -> str:
     """A stage on a topology as a line of a Markdown table."""
     if "reason" in result:
-        return f"| {result['config']} | stage {result['stage']} | {result['topology']} | {result['reason']} |||||"
+        return f"| {result['config']} | stage {result['stage']} | {result['topology']} | {result['reason']} ||||||"
     estimate, memory = result["estimate"], result["memory"]
     mesh = " ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1) + (
         " ZeRO" if result["zero"] else ""
     )
     micro = f" / {result['accumulation']}" if result["accumulation"] > 1 else ""
     bound = {"estimate": "", "roofline": "≥ "}[estimate["method"]]
+    collectives = estimate["groups"].get("collectives", {"milliseconds": 0.0})["milliseconds"]
     mfu = "" if estimate["mfu"] is None else f"{estimate['mfu']:.1%}"
     return (
         f"| {result['config']} | {result['batch_size']:,}{micro} × {result['seq_len']} | {result['topology']} "
         f"| {mesh}, {result['layers']}, remat {result['remat']}, {result['attention']} "
         f"| {memory['total'] / GiB:.2f} of {memory['limit'] / GiB:.2f} | {bound}{estimate['milliseconds']:,.1f} "
-        f"| {estimate['tokens_per_second']:,.0f} | {mfu} |"
+        f"| {collectives:,.1f} | {estimate['tokens_per_second']:,.0f} | {mfu} |"
     )

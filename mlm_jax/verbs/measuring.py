@@ -2,15 +2,22 @@
 
 import argparse
 import json
+import logging
 import os
+from typing import TYPE_CHECKING
 
 from mlm_jax.errors import UserError, fail
 from mlm_jax.verbs.options import Result, Verbs, config_option, device_errors
 
+if TYPE_CHECKING:
+    from mlm_jax.config import Config
+
+logger = logging.getLogger(__name__)
+
 
 def _declare_bench(parser: argparse.ArgumentParser) -> None:
     config_option(parser)
-    parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
+    parser.add_argument("--stage", type=int, help="which of the config's stages, counted from 0 (default 0)")
     parser.add_argument("--steps", type=int, default=20, help="steps in a round (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median is reported (default 5)")
     parser.add_argument("--batch-size", type=int, help="rows in a global step; default: the stage's")
@@ -40,7 +47,7 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
     with device_errors():
         result = run_bench(
             cfg,
-            stage_index=options.stage,
+            stage_index=options.stage or 0,
             steps=options.steps,
             rounds=options.rounds,
             peer=options.peer,
@@ -97,7 +104,12 @@ def _compare(options: argparse.Namespace, overrides: list[str]) -> Result | int:
 def _declare_compile(parser: argparse.ArgumentParser) -> None:
     recipes = parser.add_mutually_exclusive_group(required=True)
     recipes.add_argument("--config", metavar="FILE", help="a recipe; override with --config.section.field=value")
-    recipes.add_argument("--table", nargs="+", metavar="FILE", help="recipes: every stage as a line of a Markdown table")
+    recipes.add_argument(
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="recipes: every stage, or --stage, as a line of a Markdown table; those without a topology are left out",
+    )
     parser.add_argument(
         "--topology",
         action="append",
@@ -107,7 +119,7 @@ def _declare_compile(parser: argparse.ArgumentParser) -> None:
         "with --table it may be given several times",
     )
     parser.add_argument("--slices", type=int, default=1, help="so many slices of the topology (default 1)")
-    parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
+    parser.add_argument("--stage", type=int, help="which of the config's stages, counted from 0 (default 0)")
     parser.add_argument("--rows-per-device", type=int, help="of a micro-batch, in place of the stage's global batch")
     parser.add_argument("--plan", action="store_true", help="compile other layouts as well and name the best one")
     parser.add_argument("--max-candidates", type=int, default=6, help="how many of them (default 6); minutes each")
@@ -115,21 +127,24 @@ def _declare_compile(parser: argparse.ArgumentParser) -> None:
 
 def _compile(options: argparse.Namespace, overrides: list[str]) -> Result:
     from mlm_jax.compile.topology import ENVIRONMENT
-    from mlm_jax.config import load_config
 
-    recipes = [load_config(path, overrides) for path in options.table or [options.config]]
+    recipes = _load_recipes(options.table or [options.config], overrides)
     os.environ.update(ENVIRONMENT)  # before JAX is imported
     from mlm_jax.compile.run import run_compile, run_table
     from mlm_jax.compile.table import TABLE_HEAD, format_plan, format_result, format_row
 
     if options.table:
-        if options.plan or options.stage or options.slices > 1:
-            raise UserError("--table covers every stage as it is; leave out --plan, --stage and --slices")
+        if options.plan or options.slices > 1:
+            raise UserError("--table covers recipes as they are; leave out --plan and --slices")
         print(TABLE_HEAD, flush=True)
         rows = []
-        for row in run_table(recipes, options.topology, rows_per_device=options.rows_per_device):
+        for row in run_table(recipes, options.topology, options.stage, rows_per_device=options.rows_per_device):
             print(format_row(row), flush=True)
             rows.append(row)
+        if all("reason" in row for row in rows):
+            raise UserError(
+                rows[0]["reason"] if rows else "none of these recipes names a reference_topology: give --topology"
+            )
         return {"rows": rows}
     if len(options.topology) > 1:
         raise UserError("--topology was given several times: only --table takes more than one")
@@ -138,13 +153,29 @@ def _compile(options: argparse.Namespace, overrides: list[str]) -> Result:
     result = run_compile(
         recipes[0],
         *options.topology,
-        stage_index=options.stage,
+        stage_index=options.stage or 0,
         slices=options.slices,
         rows_per_device=options.rows_per_device,
         max_candidates=options.max_candidates if options.plan else 0,
     )
     print(format_plan(result) if options.plan else format_result(result))
     return result
+
+
+def _load_recipes(paths: list[str], overrides: list[str]) -> "list[Config]":
+    """Those that can be compiled: of several files, others (a task's, or one with variants) are left out with a word."""
+    from mlm_jax.config import load_config
+
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(load_config(path, overrides))
+        except UserError as error:
+            logger.warning("left out: %s", error)
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
 
 
 def _declare_report(parser: argparse.ArgumentParser) -> None:
