@@ -4,7 +4,7 @@ Command:
     mlm-jax train --config configs/babylm_strict_small.py --workdir runs/babylm \
         --config.data.source='files:babylm/*.train?documents=line'
     mlm-jax score --workdir runs/babylm --pairs 'blimp/*.jsonl'
-Expected: 25,585,024 parameters; 16,384 tokens a step; 143 million tokens, which are 9.93 passes over ten million words of
+Expected: 31,468,672 parameters; 16,384 tokens a step; 143 million tokens, which are 9.93 passes over ten million words of
 novels and Wikipedia. `prepare` takes no more words than that, and `train` refuses more than ten passes.
 Outside figures, BLiMP by masked scoring, of the 2025 baselines [B]: GPT-BERT mixed 71.29, masked-focus 70.36; GPT-2 small
 67.29. They were trained on BabyLM's own 10 million words (child-directed speech, dialogue, fiction, simple Wikipedia),
@@ -13,8 +13,8 @@ Reference topology: TPU v5e:2x2, rows of 128, 256 and 512.
 
 Sources: [T] train_10m.py, [C] configs/small.json and [M] model_extra.py of ltgoslo/gpt-bert; [B] the 2025 baselines as
 mrothroc/mixlab-babylm-gptbert (configs/gptbert_masked_focus.json, README.md) has reproduced them: masked-focus 70.64.
-It differs in this: the encoder is BERT's, where [M] has relative positions in buckets, gated attention, GEGLU, norms without
-parameters and weighted sums of all layers below; single tokens are masked, where [T] masks spans of up to three; there is
+It differs in this: the encoder is BERT's with norms before the sublayers and gated mlps, where [M] has relative positions in
+buckets, gated attention, norms without parameters and weighted sums of all layers below; single tokens are masked, where [T] masks spans of up to three; there is
 no cool-down of the last 1.6% and no z-loss of 1e-4. `--config.hybrid.causal_share=0.5` is the baselines' "mixed".
 """
 
@@ -37,6 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "embed_dim": 384,
                 "num_heads": 6,
                 "mlp_dim": 1280,
+                "gated_mlp": True,
+                "pre_norm": True,
                 "max_positions": 512,
                 "activation": "gelu_tanh",  # [M] of the gate
                 "norm_eps": 1e-7,  # [B]

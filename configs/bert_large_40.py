@@ -4,14 +4,14 @@ Command:
     mlm-jax train --config configs/bert_large_40.py --workdir runs/bert_large_40 \
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
 RoBERTa's own tokenizer: --config.tokenizer.algorithm=pretrained --config.tokenizer.path=tokenizer.json
-Expected: 355,411,033 parameters, 524,288 tokens a step, 12 billion tokens. The published model has 84.5 on MNLI, and 84.2
+Expected: 355,413,081 parameters, 524,288 tokens a step, 12 billion tokens. The published model has 84.5 on MNLI, and 84.2
 with a rate of 15% (princeton-nlp/DinkyTrain:README.md).
 Reference topology: TPU v5p:4x4x4 (v5p-128), 64 rows a chip, a quarter of the tokens of roberta_large.py's.
 
 Sources, in princeton-nlp/DinkyTrain: [E] run_efficient_mlm_recipe.sh, [R] README.md; [M] its architecture roberta_large
 in facebookresearch/fairseq:fairseq/models/roberta/model.py; [B] as in roberta_base.py.
-It differs from the original in the place of the layer norms, which is after each sublayer here and before it there. The
-peak learning rate was theirs with that; lower optimizer.learning_rate where updates are skipped or the loss leaps.
+Its layer norms are before the sublayers, as theirs: what transformers calls roberta-prelayernorm, which `export` does not
+write.
 """
 
 import ml_collections
@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "max_positions": 512,  # [E]
                 "position_offset": 2,  # [B]
                 "num_token_types": 0,  # [M]
+                "pre_norm": True,  # [E]
                 "activation": "gelu_erf",  # [B]
                 "norm_eps": 1e-5,  # [B]
                 "dropout": 0.1,  # [E]

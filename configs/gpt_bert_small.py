@@ -4,12 +4,12 @@ Command:
     mlm-jax train --config configs/gpt_bert_small.py --workdir runs/gpt_bert_small \
         --config.data.source='files:corpus/*.txt?documents=line'
     mlm-jax generate --workdir runs/gpt_bert_small --method causal --prompt 'Once upon a time'
-Expected: 22,431,104 parameters; 4,194,304 tokens a step; 33 billion tokens.
+Expected: 28,314,752 parameters; 4,194,304 tokens a step; 33 billion tokens.
 Reference topology: TPU v5e:8x8, 32 rows of 128 in a chip's micro-batch.
 
 Sources: [T] train_10m.py, [C] configs/small.json and [M] model_extra.py of ltgoslo/gpt-bert.
-It differs in this: the encoder is BERT's, where [M] has relative positions in buckets, gated attention, GEGLU, norms without
-parameters and weighted sums of all layers below; single tokens are masked, where [T] masks spans of up to three and
+It differs in this: the encoder is BERT's with norms before the sublayers and gated mlps, where [M] has relative positions in
+buckets, gated attention, norms without parameters and weighted sums of all layers below; single tokens are masked, where [T] masks spans of up to three and
 prefers what was masked seldom; the batch is whole from the start, where [T] begins with a quarter; there is no cool-down
 of the last 1.6% and no z-loss of 1e-4.
 """
@@ -32,6 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "embed_dim": 384,
                 "num_heads": 6,
                 "mlp_dim": 1280,
+                "gated_mlp": True,
+                "pre_norm": True,
                 "max_positions": 512,
                 "activation": "gelu_tanh",  # [M] of the gate
                 "norm_eps": 1e-5,

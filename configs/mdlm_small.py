@@ -4,14 +4,14 @@ Command:
     mlm-jax train --config configs/mdlm_small.py --workdir runs/mdlm_small \
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
     mlm-jax generate --workdir runs/mdlm_small --length 200 --steps 200 --method ancestral
-Expected: 163,751,808 parameters; 524,288 tokens a step; 524 billion tokens. The paper's model of 110 million parameters
+Expected: 162,965,376 parameters; 524,288 tokens a step; 524 billion tokens. The paper's model of 110 million parameters
 reaches a perplexity bound of 23.00 on LM1B, its autoregressive twin 20.09 ([P]).
 Reference topology: TPU v5e:8x8, 8 rows a chip.
 
 Sources: [C] kuleshov-group/mdlm:configs/config.yaml, [M] configs/model/small.yaml, [D] diffusion.py;
 [P] from the paper, unchecked.
-It differs in this: a BERT encoder with learned positions stands for the diffusion transformer with rotary ones (whose time
-conditioning is off there too); documents are packed and see only themselves, where [C] wraps them; CLS and SEP are never
+It differs in this: an encoder with rotated positions and its norms before the sublayers stands for the diffusion
+transformer, which has a norm less, no biases in its attention, and time conditioning that is off; documents are packed and see only themselves, where [C] wraps them; CLS and SEP are never
 masked; rates are uniform in [0.001, 1) and weigh 1 / rate, where [D] masks with 0.999 of the rate that it weighs by; and
 the vocabulary is our own, of GPT-2's size rounded up.
 """
@@ -34,6 +34,10 @@ def get_config() -> ml_collections.ConfigDict:
                 "num_heads": 12,
                 "mlp_dim": 3072,
                 "max_positions": 1024,
+                "positions": "rope",
+                "rope_base": 10_000.0,
+                "pre_norm": True,
+                "first_norm": False,
                 "activation": "gelu_tanh",
                 "norm_eps": 1e-5,
                 "dropout": 0.1,
