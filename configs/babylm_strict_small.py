@@ -13,9 +13,10 @@ Reference topology: TPU v5e:2x2, rows of 128, 256 and 512.
 
 Sources: [T] train_10m.py, [C] configs/small.json and [M] model_extra.py of ltgoslo/gpt-bert; [B] the 2025 baselines as
 mrothroc/mixlab-babylm-gptbert (configs/gptbert_masked_focus.json, README.md) has reproduced them: masked-focus 70.64.
-It differs in this: the encoder is BERT's with norms before the sublayers and gated mlps, where [M] has relative positions in
-buckets, gated attention, norms without parameters and weighted sums of all layers below; single tokens are masked, where [T] masks spans of up to three; there is
-no cool-down of the last 1.6% and no z-loss of 1e-4. `--config.hybrid.causal_share=0.5` is the baselines' "mixed".
+It differs in this: the encoder is BERT's with norms before the sublayers and gated mlps, where [M] has relative positions
+in buckets, gated attention, norms without parameters and weighted sums of all layers below; single tokens are masked, where
+[T] masks spans of up to three; there is no cool-down of the last 1.6% and no z-loss of 1e-4.
+`--config.hybrid.causal_share=0.5` is the baselines' "mixed".
 """
 
 import ml_collections

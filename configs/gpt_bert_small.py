@@ -8,10 +8,10 @@ Expected: 28,314,752 parameters; 4,194,304 tokens a step; 33 billion tokens.
 Reference topology: TPU v5e:8x8, 32 rows of 128 in a chip's micro-batch.
 
 Sources: [T] train_10m.py, [C] configs/small.json and [M] model_extra.py of ltgoslo/gpt-bert.
-It differs in this: the encoder is BERT's with norms before the sublayers and gated mlps, where [M] has relative positions in
-buckets, gated attention, norms without parameters and weighted sums of all layers below; single tokens are masked, where [T] masks spans of up to three and
-prefers what was masked seldom; the batch is whole from the start, where [T] begins with a quarter; there is no cool-down
-of the last 1.6% and no z-loss of 1e-4.
+It differs in this: the encoder is BERT's with norms before the sublayers and gated mlps, where [M] has relative positions
+in buckets, gated attention, norms without parameters and weighted sums of all layers below; single tokens are masked, where
+[T] masks spans of up to three and prefers what was masked seldom; the batch is whole from the start, where [T] begins with
+a quarter; there is no cool-down of the last 1.6% and no z-loss of 1e-4.
 """
 
 import ml_collections

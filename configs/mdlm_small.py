@@ -11,9 +11,9 @@ Reference topology: TPU v5e:8x8, 8 rows a chip.
 Sources: [C] kuleshov-group/mdlm:configs/config.yaml, [M] configs/model/small.yaml, [D] diffusion.py;
 [P] from the paper, unchecked.
 It differs in this: an encoder with rotated positions and its norms before the sublayers stands for the diffusion
-transformer, which has a norm less, no biases in its attention, and time conditioning that is off; documents are packed and see only themselves, where [C] wraps them; CLS and SEP are never
-masked; rates are uniform in [0.001, 1) and weigh 1 / rate, where [D] masks with 0.999 of the rate that it weighs by; and
-the vocabulary is our own, of GPT-2's size rounded up.
+transformer, which has a norm less, no biases in its attention, and time conditioning that is off; documents are packed and
+see only themselves, where [C] wraps them; CLS and SEP are never masked; rates are uniform in [0.001, 1) and weigh 1 / rate,
+where [D] masks with 0.999 of the rate that it weighs by; and the vocabulary is our own, of GPT-2's size rounded up.
 """
 
 import ml_collections

@@ -11,6 +11,8 @@ import sys
 
 import jax
 import pytest
+from test_compile import mesh_of
+from test_compile import topology_of as torus_of
 from tiny_step import CFG
 
 from mlm_jax import cli
@@ -70,6 +72,26 @@ def test_what_the_compiler_lets_pass_is_refused_where_it_exceeds_the_memory(prog
     topology = Topology("h100:1x8", "h100", (), 1, tuple(jax.devices()))
     with pytest.raises(DoesNotFit, match=r"needs 0\.00 GiB and a chip has 0\.00 GiB"):
         describe(CFG, 0, topology, program)
+
+
+def test_a_program_is_described_with_its_memory_its_time_and_its_collectives(program, monkeypatch):
+    """What was compiled for the CPU stands for a program of a TPU: it has the same operations, and none has cycles."""
+    cfg = dataclasses.replace(CFG, sharding=ShardingConfig(data=4, fsdp=2))
+    torus = torus_of("v5e", (2, 4))
+    placed = dataclasses.replace(program, mesh=mesh_of(torus, slice=1, data=4, fsdp=2, tensor=1))
+    monkeypatch.setattr("mlm_jax.compile.describe.attention_of", lambda *given: "row")
+    found = json.loads(json.dumps(describe(cfg, 0, torus, placed)))
+    estimate = found["estimate"]
+    milliseconds = {name: group["milliseconds"] for name, group in estimate["groups"].items()}
+    assert sum(milliseconds.values()) == pytest.approx(estimate["milliseconds"])
+    assert {"mlp", "head", "norm", "optimizer", "embedding", "attention projections", "collectives"} <= set(milliseconds)
+    assert estimate["tokens_per_second"] == pytest.approx(32 * 24 / estimate["milliseconds"] * 1e3)
+    assert found["memory"]["total"] == sum(program.memory().values()) and not estimate["unknown"]
+    # Rows are divided over both axes, parameters over fsdp: gathered for each layer, their gradients summed and scattered.
+    kinds = {(each["kind"], each["axes"]) for each in found["collectives"]}
+    assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "data")} <= kinds
+    assert "tiny, stage 0: 32 rows of 24 tokens" in format_result(found) and "all-gather over fsdp" in format_result(found)
+    assert f"| {milliseconds['collectives']:,.1f} |" in format_row(found)
 
 
 def test_parameters_are_counted_without_compiling(program):
