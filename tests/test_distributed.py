@@ -1,5 +1,6 @@
 """Several processes as one run: found, gathered, ended together, and training what one process would have trained."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -149,6 +150,55 @@ def test_processes_that_do_not_fit_are_refused_and_all_are_told(words, message):
     result, told = roll_call((1, greeting()), words)
     assert isinstance(result, UserError) and message in str(result)
     assert told and all(isinstance(error, UserError) and message in str(error) for error in told.values())
+
+
+@pytest.mark.parametrize("foreign", [b"", b"GET / HTTP/1.1\r\n\r\n", b"7\n", b"\x16\x03\xff\n"])
+def test_a_greeting_may_come_in_pieces_and_after_calls_that_are_none(foreign):
+    coordinator, answers = f"127.0.0.1:{free_port()}", []
+
+    def connect() -> socket.socket:
+        host, port = coordinator.split(":")
+        for _ in range(500):  # until process 0 listens
+            with contextlib.suppress(ConnectionRefusedError):
+                return socket.create_connection((host, int(port)), timeout=5)
+            time.sleep(0.01)
+        raise TimeoutError
+
+    def others() -> None:
+        with connect() as scanner:
+            scanner.sendall(foreign)
+        with connect() as other:
+            words = json.dumps({"process": 1, **greeting(num_processes=2)}).encode() + b"\n"
+            other.sendall(words[:20])
+            time.sleep(0.3)
+            other.sendall(words[20:])
+            answers.append(other.recv(100))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        [(channel, words)] = gather(Cluster(coordinator, 2, 0), greeting(num_processes=2), 5.0).values()
+        channel.send({"port": 1})
+        channel.close()
+    finally:
+        thread.join()
+    assert (words["process"], words["host"], answers) == (1, "here", [b'{"port": 1}\n'])
+
+
+def test_what_process_0_says_after_its_welcome_is_not_lost():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def welcome() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b'{"port": 1}\n{"ready": true}\n')
+
+        thread = threading.Thread(target=welcome)
+        thread.start()
+        channel, answer = call(Cluster(coordinator, 2, 1), greeting(num_processes=2), 5.0)
+        thread.join()
+        assert (answer, channel.receive()[0]) == ({"port": 1}, [{"ready": True}])
+        channel.close()
 
 
 def test_who_does_not_come_is_named_in_bounded_time():
