@@ -21,6 +21,7 @@
 #   --setup COMMAND     run in the project on every worker after the installation; for instance
 #                       'gcloud storage cp --recursive gs://BUCKET/corpus .' to have a prepared corpus for --data corpus
 #   --delete            for keep: delete the slice when the run has ended well
+#   --cache URI         where compiled programs are kept for the next start; the default is jax-cache beside the workdir
 #   --project PROJECT   the default is gcloud's
 #   --dry-run           print every command and run none; `keep` then plays a run with one pre-emption
 #
@@ -134,7 +135,7 @@ install() {
 start() {
   local quoted
   printf -v quoted ' %q' "${arguments[@]}"
-  on_workers all "bash mlm-jax/launch/worker.sh start$quoted"
+  on_workers all "JAX_COMPILATION_CACHE_DIR=${cache@Q} bash mlm-jax/launch/worker.sh start$quoted"
 }
 
 stop() { on_workers all "bash mlm-jax/launch/worker.sh stop"; }
@@ -220,11 +221,11 @@ case $verb in
   *) die "no verb '$verb'; there are keep, create, install, start, logs, status, stop, delete" ;;
 esac
 
-name="" zone="" project="" type="" runtime="" spot="" delete="" setup="" slices=1 dry_run=false arguments=()
+name="" zone="" project="" type="" runtime="" spot="" delete="" setup="" cache="" slices=1 dry_run=false arguments=()
 while (($#)); do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
-    --name | --zone | --project | --type | --runtime | --setup | --slices)
+    --name | --zone | --project | --type | --runtime | --setup | --cache | --slices)
       (($# > 1)) && [[ $2 != --* ]] || die "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
       shift 2
@@ -261,6 +262,10 @@ if [[ $verb == keep || $verb == start ]]; then
   done
   ((${#arguments[@]})) || die "$verb needs the arguments of mlm-jax train after --, as -- --config configs/bert_base.py --workdir gs://BUCKET/run"
   [[ $workdir == gs://* ]] || die "--workdir '$workdir': the VMs' disks go when they go; name a bucket, as gs://BUCKET/run"
+  workdir=${workdir%/}
+  beside=${workdir%/*}
+  if [[ $beside == gs:/ ]]; then beside=$workdir; fi # the workdir is a bucket's root
+  cache=${cache:-$beside/jax-cache}
 elif ((${#arguments[@]})); then
   die "$verb takes no arguments of mlm-jax train"
 fi

@@ -19,6 +19,7 @@ INSTALL = r"""mkdir -p .venv/bin && cat >.venv/bin/python <<'END'
 #!/usr/bin/env bash
 echo "a line of the run's log"
 printf '%s\0' "$@" >"$CLOUD/started-$SLICE-$WORKER"
+echo "$JAX_COMPILATION_CACHE_DIR" >>"$CLOUD/caches"
 [[ $SLICE != 1 ]] || exec sleep 600
 END
 chmod +x .venv/bin/python"""

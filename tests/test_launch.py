@@ -79,6 +79,23 @@ class TestTpuVm:
         assert creates[0] == creates[1]
         assert {"--spot", "--node-id=bert", "--runtime-version=v2-alpha-tpuv5-lite"} < set(creates[0])
 
+    @pytest.mark.parametrize(
+        ("workdir", "options", "cache"),
+        [
+            ("gs://bucket/runs/bert", [], "gs://bucket/runs/jax-cache"),
+            ("gs://bucket/bert/", [], "gs://bucket/jax-cache"),
+            ("gs://bucket", [], "gs://bucket/jax-cache"),
+            ("gs://bucket/bert", ["--cache", "gs://other/a b"], "gs://other/a b"),
+        ],
+    )
+    def test_compiled_programs_are_kept_beside_the_workdir(self, recorder, tmp_path, workdir, options, cache):
+        arguments = ["start", *TPU, *options, "--dry-run", "--", "--config", "c", "--workdir", workdir]
+        [command] = commands(dry_run(recorder, tmp_path, "tpu_vm.sh", *arguments))
+        [spoken] = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
+        run = f"bash() {{ printenv JAX_COMPILATION_CACHE_DIR; }}; {spoken}"
+        told = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True).stdout
+        assert told == f"{cache}\n"
+
     def test_several_slices_are_one_request(self, recorder, tmp_path):
         printed = dry_run(recorder, tmp_path, "tpu_vm.sh", "create", *TPU, "--slices=4", "--project=p", "--dry-run")
         create = commands(printed)[0]
@@ -140,6 +157,7 @@ class TestTpuVm:
         assert started == {f"started-{number}-{worker}": expected for number in (1, 2) for worker in (0, 1)}
         calls = [line.split()[0] for line in (cloud / "calls").read_text().splitlines()]
         assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (2, 2, 2)
+        assert (cloud / "caches").read_text().split() == ["gs://bucket/runs/jax-cache"] * 4
         assert (cloud / "setup").read_text().split() == [f"{cloud}/home{worker}/mlm-jax" for worker in (0, 1)] * 2
 
     @pytest.mark.slow
