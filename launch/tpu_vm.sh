@@ -11,7 +11,7 @@
 #   start     start `mlm-jax train` on every worker; it goes on when this terminal is closed
 #   logs      follow the first worker's log
 #   status    the state of the queued resource, and of the run on every worker
-#   stop      SIGTERM: the run saves and ends; start continues it
+#   stop      SIGTERM: the run saves and ends; start continues it, and so does a keep that is still there
 #   delete    delete the slice and its place in the queue
 #
 #   --type TYPE         the accelerator type: v4-16, v5litepod-16 (v5e), v5p-128, v6e-16, …
@@ -34,8 +34,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 poll_seconds=${POLL_SECONDS:-30}
-failure_limit=3 # of a run on a slice that is there; pre-emptions are not counted
+failure_limit=3 # in a row, of a run on a slice that is there; pre-emptions and stops by a signal are not counted
 failures=0
+reached=0 # the step that the run continued at when it last failed
 
 die() {
   echo "tpu_vm.sh: $1" >&2
@@ -70,7 +71,8 @@ on_workers() { # all | 0, COMMAND: a shell command in the home directory of all 
 
 pause() { $dry_run || sleep "$poll_seconds"; }
 
-# What the cloud and the workers answer, in `state`. A dry run takes the next of its supposed answers.
+# What the cloud and the workers answer, in `state` and, of a run that has ended, `begun`: the step of the checkpoint that it
+# continued from. A dry run takes the next of its supposed answers.
 resource_state() {
   if $dry_run; then
     gcloud_tpus describe --format='value(state.state)'
@@ -93,14 +95,18 @@ run_state() {
     suppose
     return
   fi
-  state=unreachable
+  state=unreachable begun=0
   if answers=$(on_workers all "$ask" 2>"$errors"); then
+    begun=$(sed -n 's/^begun //p' <<<"$answers" | sort --numeric-sort | tail -n 1)
     answers=$(sed -n 's/^worker //p' <<<"$answers" | sort --unique)
     case $answers in
       *running*) state=running ;;
       *"ended 2"*) state="ended 2" ;;
       *none* | *lost*) state=none ;;
-      *) state=${answers##*$'\n'} ;; # of several statuses the last in order, which is not 0
+      *) # of several statuses a failure, else a stop by a signal, the last in order, else 0
+        state=$(grep --invert-match --extended-regexp '^ended (0|130|143)$' <<<"$answers" | tail -n 1) || true
+        state=${state:-${answers##*$'\n'}}
+        ;;
     esac
   fi
 }
@@ -199,6 +205,11 @@ attend() {
       logs || true
       die "the run was refused; its message is above"
       ;;
+    "ended 130" | "ended 143")
+      say "the run was stopped by a signal; it continues"
+      pause
+      start || failed "could not be started"
+      ;;
     *)
       failed "$state"
       start || failed "could not be started"
@@ -207,8 +218,9 @@ attend() {
 }
 
 failed() {
+  if ((${begun:-0} > reached)); then failures=0 reached=$begun; fi # it has saved since the failure before
   ((failures += 1))
-  ((failures <= failure_limit)) || die "the run $1; that was failure $failures in a row, so it is left alone; see: logs" 1
+  ((failures <= failure_limit)) || die "the run $1; that was failure $failures in a row, with nothing saved between them, so it is left alone; see: logs" 1
   say "the run $1; again, for the ${failures}. time of $failure_limit"
   pause
 }
@@ -272,7 +284,7 @@ fi
 place=(--zone="$zone" ${project:+--project="$project"})
 describe=$(spell gcloud compute tpus queued-resources describe "$name" "${place[@]}")
 archive=${TMPDIR:-/tmp}/mlm-jax-$name.tar.gz
-state="" answered=""
+state="" answered="" begun=0
 $dry_run || command -v gcloud >/dev/null || die "no gcloud here: https://cloud.google.com/sdk/docs/install"
 errors=$(mktemp)
 trap 'rm -f "$errors" "$archive"' EXIT
