@@ -27,7 +27,6 @@ class Sharding:
     """Specs by name; the suffix is the array's dimensions (see `mlm_jax.model`)."""
 
     # Activations.
-    tokens_BL: jax.P = jax.P(ROWS, None)
     hidden_BLD: jax.P = jax.P(ROWS, None, None)
     heads_BLHK: jax.P = jax.P(ROWS, None, "tensor", None)
     heads_BHLK: jax.P = jax.P(ROWS, "tensor", None, None)
