@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on Kubernetes: a JobSet of TPU slices or GPU machines, one `mlm-jax train` a host, started again as a whole when a pod
-# fails or is pre-empted. The cluster has the JobSet controller, 0.8 or later (https://jobset.sigs.k8s.io).
+# fails or is pre-empted. The cluster has the JobSet controller, 0.10 or later (https://jobset.sigs.k8s.io).
 #
 #   bash launch/gke_jobset.sh --name NAME --image IMAGE --claim CLAIM --tpu GENERATION:TOPOLOGY [OPTIONS] -- TRAIN ARGUMENTS
 #   bash launch/gke_jobset.sh --name NAME --image IMAGE --claim CLAIM --gpu TYPE:COUNT          [OPTIONS] -- TRAIN ARGUMENTS

@@ -11,7 +11,7 @@
 #   start     start `mlm-jax train` on every worker; it goes on when this terminal is closed
 #   logs      follow the first worker's log
 #   status    the state of the queued resource, and of the run on every worker
-#   stop      SIGTERM: the run saves and ends; start continues it
+#   stop      SIGTERM: the run saves and ends; start continues it, and so does a keep that is still there
 #   delete    delete the slice and its place in the queue
 #
 #   --type TYPE         the accelerator type: v4-16, v5litepod-16 (v5e), v5p-128, v6e-16, …
@@ -21,6 +21,7 @@
 #   --setup COMMAND     run in the project on every worker after the installation; for instance
 #                       'gcloud storage cp --recursive gs://BUCKET/corpus .' to have a prepared corpus for --data corpus
 #   --delete            for keep: delete the slice when the run has ended well
+#   --cache URI         where compiled programs are kept for the next start; the default is jax-cache beside the workdir
 #   --project PROJECT   the default is gcloud's
 #   --dry-run           print every command and run none; `keep` then plays a run with one pre-emption
 #
@@ -33,8 +34,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 poll_seconds=${POLL_SECONDS:-30}
-failure_limit=3 # of a run on a slice that is there; pre-emptions are not counted
+failure_limit=3 # in a row, of a run on a slice that is there; pre-emptions and stops by a signal are not counted
 failures=0
+reached=0 # the step that the run continued at when it last failed
 
 die() {
   echo "tpu_vm.sh: $1" >&2
@@ -69,7 +71,8 @@ on_workers() { # all | 0, COMMAND: a shell command in the home directory of all 
 
 pause() { $dry_run || sleep "$poll_seconds"; }
 
-# What the cloud and the workers answer, in `state`. A dry run takes the next of its supposed answers.
+# What the cloud and the workers answer, in `state` and, of a run that has ended, `begun`: the step of the checkpoint that it
+# continued from. A dry run takes the next of its supposed answers.
 resource_state() {
   if $dry_run; then
     gcloud_tpus describe --format='value(state.state)'
@@ -92,14 +95,18 @@ run_state() {
     suppose
     return
   fi
-  state=unreachable
+  state=unreachable begun=0
   if answers=$(on_workers all "$ask" 2>"$errors"); then
+    begun=$(sed -n 's/^begun //p' <<<"$answers" | sort --numeric-sort | tail -n 1)
     answers=$(sed -n 's/^worker //p' <<<"$answers" | sort --unique)
     case $answers in
       *running*) state=running ;;
       *"ended 2"*) state="ended 2" ;;
       *none* | *lost*) state=none ;;
-      *) state=${answers##*$'\n'} ;; # of several statuses the last in order, which is not 0
+      *) # of several statuses a failure, else a stop by a signal, the last in order, else 0
+        state=$(grep --invert-match --extended-regexp '^ended (0|130|143)$' <<<"$answers" | tail -n 1) || true
+        state=${state:-${answers##*$'\n'}}
+        ;;
     esac
   fi
 }
@@ -134,7 +141,7 @@ install() {
 start() {
   local quoted
   printf -v quoted ' %q' "${arguments[@]}"
-  on_workers all "bash mlm-jax/launch/worker.sh start$quoted"
+  on_workers all "JAX_COMPILATION_CACHE_DIR=${cache@Q} bash mlm-jax/launch/worker.sh start$quoted"
 }
 
 stop() { on_workers all "bash mlm-jax/launch/worker.sh stop"; }
@@ -198,6 +205,11 @@ attend() {
       logs || true
       die "the run was refused; its message is above"
       ;;
+    "ended 130" | "ended 143")
+      say "the run was stopped by a signal; it continues"
+      pause
+      start || failed "could not be started"
+      ;;
     *)
       failed "$state"
       start || failed "could not be started"
@@ -206,8 +218,9 @@ attend() {
 }
 
 failed() {
+  if ((${begun:-0} > reached)); then failures=0 reached=$begun; fi # it has saved since the failure before
   ((failures += 1))
-  ((failures <= failure_limit)) || die "the run $1; that was failure $failures in a row, so it is left alone; see: logs" 1
+  ((failures <= failure_limit)) || die "the run $1; that was failure $failures in a row, with nothing saved between them, so it is left alone; see: logs" 1
   say "the run $1; again, for the ${failures}. time of $failure_limit"
   pause
 }
@@ -220,11 +233,11 @@ case $verb in
   *) die "no verb '$verb'; there are keep, create, install, start, logs, status, stop, delete" ;;
 esac
 
-name="" zone="" project="" type="" runtime="" spot="" delete="" setup="" slices=1 dry_run=false arguments=()
+name="" zone="" project="" type="" runtime="" spot="" delete="" setup="" cache="" slices=1 dry_run=false arguments=()
 while (($#)); do
   if [[ $1 == --*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
-    --name | --zone | --project | --type | --runtime | --setup | --slices)
+    --name | --zone | --project | --type | --runtime | --setup | --cache | --slices)
       (($# > 1)) && [[ $2 != --* ]] || die "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
       shift 2
@@ -261,13 +274,17 @@ if [[ $verb == keep || $verb == start ]]; then
   done
   ((${#arguments[@]})) || die "$verb needs the arguments of mlm-jax train after --, as -- --config configs/bert_base.py --workdir gs://BUCKET/run"
   [[ $workdir == gs://* ]] || die "--workdir '$workdir': the VMs' disks go when they go; name a bucket, as gs://BUCKET/run"
+  workdir=${workdir%/}
+  beside=${workdir%/*}
+  if [[ $beside == gs:/ ]]; then beside=$workdir; fi # the workdir is a bucket's root
+  cache=${cache:-$beside/jax-cache}
 elif ((${#arguments[@]})); then
   die "$verb takes no arguments of mlm-jax train"
 fi
 place=(--zone="$zone" ${project:+--project="$project"})
 describe=$(spell gcloud compute tpus queued-resources describe "$name" "${place[@]}")
 archive=${TMPDIR:-/tmp}/mlm-jax-$name.tar.gz
-state="" answered=""
+state="" answered="" begun=0
 $dry_run || command -v gcloud >/dev/null || die "no gcloud here: https://cloud.google.com/sdk/docs/install"
 errors=$(mktemp)
 trap 'rm -f "$errors" "$archive"' EXIT

@@ -2,7 +2,8 @@
 # One worker's end of launch/tpu_vm.sh, run there in the copied project. Its traces are in run/: log.txt, command, status.
 #
 #   bash launch/worker.sh start TRAIN ARGUMENTS     `mlm-jax train`, which outlives the connection that started it
-#   bash launch/worker.sh state                     one line: running | ended STATUS | lost (the machine restarted) | none
+#   bash launch/worker.sh state                     running | ended STATUS | lost (the machine restarted) | none, and of a run
+#                                                   that has ended and that had continued: begun STEP
 #   bash launch/worker.sh logs                      the log from its beginning, until the run ends
 #   bash launch/worker.sh stop                      SIGTERM: the run saves and ends
 set -euo pipefail
@@ -33,6 +34,7 @@ state() {
     echo "worker running"
   elif [[ -f run/status ]]; then
     echo "worker ended $(<run/status)"
+    sed -n 's/.*continuing from the checkpoint of step \([0-9]*\)$/begun \1/p' run/log.txt | tail -n 1
   elif [[ -f run/command ]]; then
     echo "worker lost"
   else

@@ -27,7 +27,6 @@ class Sharding:
     """Specs by name; the suffix is the array's dimensions (see `mlm_jax.model`)."""
 
     # Activations.
-    tokens_BL: jax.P = jax.P(ROWS, None)
     hidden_BLD: jax.P = jax.P(ROWS, None, None)
     heads_BLHK: jax.P = jax.P(ROWS, None, "tensor", None)
     heads_BHLK: jax.P = jax.P(ROWS, "tensor", None, None)
@@ -69,16 +68,24 @@ def make_mesh(cfg: ShardingConfig, devices: Sequence[jax.Device] | None = None) 
     kinds = (jax.sharding.AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     processes = len({device.process_index for device in devices})
-    if slices > 1 and sizes["slice"] != slices:
-        raise UserError(f"sharding.slice={sizes['slice']}, but the devices form {slices} slices; set it to {slices}")
-    if sizes["slice"] == 1 or max(slices, processes) == 1:
+    # XLA calls each host of GPUs a slice, and between them any axis may lie, as it may not between slices of TPUs.
+    may_join = slices > 1 and getattr(devices[0], "platform", "") == "gpu"
+    if slices > 1 and sizes["slice"] != slices and not (may_join and sizes["slice"] == 1):
+        advice = f"{slices}, or to 1" if may_join else slices
+        raise UserError(f"sharding.slice={sizes['slice']}, but the devices form {slices} slices; set it to {advice}")
+    if max(slices, processes) == 1 or (slices == 1 and sizes["slice"] == 1):
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
     if slices == 1 and sizes["slice"] != processes:
         raise UserError(
             f"sharding.slice={sizes['slice']}, but the devices belong to {processes} processes: "
             f"set it to {processes}, or to 1"
         )
-    within, between = (1, *list(sizes.values())[1:]), (sizes["slice"], 1, 1, 1)
+    between: list[int] = []
+    left = processes if slices == 1 else slices
+    for size in sizes.values():  # `slice` takes all of them, or else those that move the least do: `data`, then `fsdp`
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    within = [size // outer for size, outer in zip(sizes.values(), between, strict=True)]
     grid = mesh_utils.create_hybrid_device_mesh(
         within, between, devices, process_is_granule=slices == 1, allow_split_physical_axes=True
     )

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +18,8 @@ from etils import epath
 from mlm_jax.config import Config, check, differences, from_dict, to_dict
 from mlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mlm_jax.errors import MachineError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Workdir:
@@ -38,6 +41,7 @@ class Workdir:
             UserError: another process is training here.
         """
         if "://" in os.fspath(self.path):
+            logger.warning("%s has no lock: a second run that trains there would overwrite this one's files", self.path)
             yield
             return
         try:

@@ -4,6 +4,8 @@ python tests/fake_cloud.py FOLDER compute tpus queued-resources VERB …
 
 What a worker is asked by ssh is really run, in bash. The slice is taken away while its log is followed for the first
 time. What is installed is a stand-in for training: it writes down its arguments, and ends only on the second slice.
+Where FOLDER/plan-WORKER is, no slice is taken away, and each start ends as the next line says: a status and the step that
+it continued at.
 """
 
 import contextlib
@@ -19,6 +21,12 @@ INSTALL = r"""mkdir -p .venv/bin && cat >.venv/bin/python <<'END'
 #!/usr/bin/env bash
 echo "a line of the run's log"
 printf '%s\0' "$@" >"$CLOUD/started-$SLICE-$WORKER"
+echo "$JAX_COMPILATION_CACHE_DIR" >>"$CLOUD/caches"
+if [[ -f $CLOUD/plan-$WORKER ]]; then
+  read -r status step < <(sed -n "$(grep -c '^mlm-jax train' run/log.txt)p" "$CLOUD/plan-$WORKER")
+  ((step == 0)) || echo "12:00:00 mlm_jax.train.loop: continuing from the checkpoint of step $step"
+  exit "$status"
+fi
 [[ $SLICE != 1 ]] || exec sleep 600
 END
 chmod +x .venv/bin/python"""
@@ -59,7 +67,7 @@ def ssh(cloud: pathlib.Path, worker: int, command: str) -> int:
     home = cloud / f"home{worker}"
     environment = os.environ | {"HOME": str(home), "CLOUD": str(cloud), "WORKER": str(worker), "SLICE": str(slices)}
     command = command.replace("bash launch/install.sh tpu,gcs", INSTALL)
-    is_lost = slices == 1 and command.endswith(" logs")
+    is_lost = slices == 1 and command.endswith(" logs") and not (cloud / "plan-0").exists()
     with contextlib.suppress(subprocess.TimeoutExpired):
         limit = 2 if is_lost else None
         status = subprocess.run(["bash", "-c", command], cwd=home, env=environment, timeout=limit, check=False).returncode

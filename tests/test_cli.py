@@ -394,6 +394,14 @@ def test_an_interrupt_that_a_callback_swallowed_is_repeated(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_bucket_which_has_no_locks_is_told_once(caplog):
+    with Workdir("gs://bucket/run").lock():
+        pass
+    assert caplog.messages == [
+        "gs://bucket/run has no lock: a second run that trains there would overwrite this one's files"
+    ]
+
+
 def test_two_runs_do_not_share_a_workdir(workdir, train, capsys):
     with Workdir(workdir).lock():
         assert train(workdir) == 2

@@ -249,6 +249,10 @@ CHECKS = [
     ("sharding.slice=-2", "sharding sizes [-2, -1, 1, 1] of slice"),
     ("sharding.zero=True sharding.data=1", "sharding.zero=True divides the state over data, but sharding.data=1"),
     ("sharding.tensor=3", "sharding.tensor=3 must divide model.num_heads=4"),
+    (
+        "sharding.tensor=4 model.vocab_size=30522",
+        "sharding.tensor=4 must divide model.vocab_size=30522: set model.vocab_size=30524, as a model's may exceed its",
+    ),
     ("reference_topology=v5e-16", "reference_topology='v5e-16' is not like v5e:4x4"),
     ("rtd.generator_size=0", "rtd.generator_size=0.0 must be in (0, 1]"),
     ("rtd.generator_size=1.5", "rtd.generator_size=1.5 must be in (0, 1]"),
@@ -293,6 +297,11 @@ CHECKS = [
 def test_each_relation_between_fields_is_checked(recipe, override, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(recipe, override.split())
+
+
+def test_a_vocabulary_may_be_rounded_up_for_tensor_parallelism(recipe):
+    cfg = load_config(recipe, ["sharding.tensor=4", "model.vocab_size=30524", "tokenizer.vocab_size=30522"])
+    assert cfg.model.vocab_size > cfg.tokenizer.vocab_size
 
 
 def test_a_generator_that_cannot_be_built_says_what_can(recipe):

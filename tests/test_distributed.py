@@ -1,5 +1,9 @@
 """Several processes as one run: found, gathered, ended together, and training what one process would have trained."""
 
+import contextlib
+import glob
+import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -10,6 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from unittest import mock
 
 import pytest
 
@@ -72,6 +79,88 @@ def test_open_mpi_names_the_machine_of_mpirun_or_needs_to_be_told():
         find_cluster(OPEN_MPI)
     assert find_cluster(OPEN_MPI, coordinator="h:9").coordinator == "h:9"
     assert find_cluster({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}).coordinator.startswith("127.0.0.1:")
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch):
+    """Makes this machine a TPU VM with these attributes in its metadata, which it is asked for over HTTP."""
+
+    def become(**attributes: str) -> list[str]:
+        asked = []
+
+        def urlopen(request, timeout):
+            base = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+            assert request.full_url.startswith(base) and request.get_header("Metadata-flavor") == "Google" and timeout <= 10
+            asked.append(request.full_url.removeprefix(base))
+            if asked[-1].replace("-", "_") not in attributes:
+                raise urllib.error.HTTPError(request.full_url, 404, "Not Found", None, None)
+            return io.BytesIO(attributes[asked[-1].replace("-", "_")].encode())
+
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+        monkeypatch.setattr(glob, "glob", lambda pattern: ["/dev/accel0"] if pattern == "/dev/accel*" else [])
+        return asked
+
+    return become
+
+
+GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "t-0.svc,t-1.svc"}
+
+
+def test_gke_tells_a_slice_by_variables(tpu_vm):
+    asked = tpu_vm()
+    assert find_cluster(GKE) == Cluster("t-0.svc:8482", 2, 1)
+    addresses = {"TPU_PROCESS_ADDRESSES": "10.0.0.4:8471,10.0.0.5:8471,10.0.0.6:8471"}  # comes before the names
+    assert find_cluster(GKE | addresses) == Cluster("10.0.0.4:8482", 3, 1)
+    assert find_cluster({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert not asked
+
+
+def test_processes_of_several_slices_are_numbered_slice_by_slice(tpu_vm):
+    tpu_vm()
+    slices = {"MEGASCALE_COORDINATOR_ADDRESS": "job-0.svc:8080", "MEGASCALE_NUM_SLICES": "3"}
+    places = [(slice_id, worker) for slice_id in "012" for worker in "01"]
+    found = [find_cluster(GKE | slices | {"MEGASCALE_SLICE_ID": s, "TPU_WORKER_ID": worker}) for s, worker in places]
+    assert found == [Cluster("job-0.svc:8482", 6, rank) for rank in range(6)]
+
+
+def test_compute_engine_tells_a_slice_by_metadata(tpu_vm):
+    asked = tpu_vm(agent_worker_number="2", worker_network_endpoints="n:7:10.0.0.4,n:8:10.0.0.5,n:9:10.0.0.6")
+    assert find_cluster({}) == Cluster("10.0.0.4:8482", 3, 2)
+    assert find_cluster({"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert asked == ["agent-worker-number", "worker-network-endpoints", "tpu-env"]
+    tpu_vm(agent_worker_number="1", worker_network_endpoints="w-0,w-1")
+    assert find_cluster({}) == Cluster("w-0:8482", 2, 1)
+
+
+def test_several_slices_of_compute_engine_are_in_its_tpu_env(tpu_vm):
+    lines = "ZONE: 'z'\nMEGASCALE_COORDINATOR_ADDRESS: '10.1.0.2:8080'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+    tpu_vm(agent_worker_number="1", worker_network_endpoints="n:7:10.0.0.4,n:8:10.0.0.5", tpu_env=lines)
+    assert find_cluster({}) == Cluster("10.1.0.2:8482", 4, 3)
+    assert find_cluster({"MEGASCALE_SLICE_ID": "0"}) == Cluster("10.1.0.2:8482", 4, 1)  # a variable comes first
+
+
+@pytest.mark.parametrize("endpoints", [{}, {"worker_network_endpoints": ""}, {"worker_network_endpoints": "n:7:10.0.0.4,"}])
+def test_a_slice_that_does_not_name_its_workers_is_told_as_that(tpu_vm, endpoints):
+    tpu_vm(agent_worker_number="0", **endpoints)
+    with pytest.raises(UserError, match=r"worker 0 of a TPU slice whose metadata does not name its workers"):
+        find_cluster({})
+    assert find_cluster({}, wanted=False) is None
+    assert find_cluster({}, coordinator="h:9", num_processes=2, process_id=0) == Cluster("h:9", 2, 0)
+
+
+def test_a_machine_that_is_no_tpu_vm_is_asked_for_nothing(tpu_vm, monkeypatch):
+    asked = tpu_vm(agent_worker_number="1", worker_network_endpoints="w-0,w-1")
+    assert find_cluster({"JAX_PLATFORMS": "cpu"}) is None
+    monkeypatch.setattr(glob, "glob", lambda pattern: [])
+    assert find_cluster({}) is None and not asked
+
+
+def test_where_nobody_answers_for_the_metadata_a_process_is_alone(tpu_vm, monkeypatch):
+    tpu_vm()
+    assert find_cluster({}) is None  # no such attribute
+    monkeypatch.setattr(urllib.request, "urlopen", mock.Mock(side_effect=urllib.error.URLError("no such host")))
+    assert find_cluster({}) is None
 
 
 def test_what_is_given_comes_before_what_is_found():
@@ -149,6 +238,55 @@ def test_processes_that_do_not_fit_are_refused_and_all_are_told(words, message):
     result, told = roll_call((1, greeting()), words)
     assert isinstance(result, UserError) and message in str(result)
     assert told and all(isinstance(error, UserError) and message in str(error) for error in told.values())
+
+
+@pytest.mark.parametrize("foreign", [b"", b"GET / HTTP/1.1\r\n\r\n", b"7\n", b"\x16\x03\xff\n"])
+def test_a_greeting_may_come_in_pieces_and_after_calls_that_are_none(foreign):
+    coordinator, answers = f"127.0.0.1:{free_port()}", []
+
+    def connect() -> socket.socket:
+        host, port = coordinator.split(":")
+        for _ in range(500):  # until process 0 listens
+            with contextlib.suppress(ConnectionRefusedError):
+                return socket.create_connection((host, int(port)), timeout=5)
+            time.sleep(0.01)
+        raise TimeoutError
+
+    def others() -> None:
+        with connect() as scanner:
+            scanner.sendall(foreign)
+        with connect() as other:
+            words = json.dumps({"process": 1, **greeting(num_processes=2)}).encode() + b"\n"
+            other.sendall(words[:20])
+            time.sleep(0.3)
+            other.sendall(words[20:])
+            answers.append(other.recv(100))
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        [(channel, words)] = gather(Cluster(coordinator, 2, 0), greeting(num_processes=2), 5.0).values()
+        channel.send({"port": 1})
+        channel.close()
+    finally:
+        thread.join()
+    assert (words["process"], words["host"], answers) == (1, "here", [b'{"port": 1}\n'])
+
+
+def test_what_process_0_says_after_its_welcome_is_not_lost():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        coordinator = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def welcome() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(b'{"port": 1}\n{"ready": true}\n')
+
+        thread = threading.Thread(target=welcome)
+        thread.start()
+        channel, answer = call(Cluster(coordinator, 2, 1), greeting(num_processes=2), 5.0)
+        thread.join()
+        assert (answer, channel.receive()[0]) == ({"port": 1}, [{"ready": True}])
+        channel.close()
 
 
 def test_who_does_not_come_is_named_in_bounded_time():

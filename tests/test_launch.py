@@ -79,6 +79,23 @@ class TestTpuVm:
         assert creates[0] == creates[1]
         assert {"--spot", "--node-id=bert", "--runtime-version=v2-alpha-tpuv5-lite"} < set(creates[0])
 
+    @pytest.mark.parametrize(
+        ("workdir", "options", "cache"),
+        [
+            ("gs://bucket/runs/bert", [], "gs://bucket/runs/jax-cache"),
+            ("gs://bucket/bert/", [], "gs://bucket/jax-cache"),
+            ("gs://bucket", [], "gs://bucket/jax-cache"),
+            ("gs://bucket/bert", ["--cache", "gs://other/a b"], "gs://other/a b"),
+        ],
+    )
+    def test_compiled_programs_are_kept_beside_the_workdir(self, recorder, tmp_path, workdir, options, cache):
+        arguments = ["start", *TPU, *options, "--dry-run", "--", "--config", "c", "--workdir", workdir]
+        [command] = commands(dry_run(recorder, tmp_path, "tpu_vm.sh", *arguments))
+        [spoken] = [word.removeprefix("--command=") for word in command if word.startswith("--command=")]
+        run = f"bash() {{ printenv JAX_COMPILATION_CACHE_DIR; }}; {spoken}"
+        told = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True).stdout
+        assert told == f"{cache}\n"
+
     def test_several_slices_are_one_request(self, recorder, tmp_path):
         printed = dry_run(recorder, tmp_path, "tpu_vm.sh", "create", *TPU, "--slices=4", "--project=p", "--dry-run")
         create = commands(printed)[0]
@@ -121,11 +138,15 @@ class TestTpuVm:
         assert message in done.stderr
         assert not (tmp_path / "called").exists()
 
-    def test_a_slice_that_is_taken_away_is_made_again_and_the_run_continues(self, recorder, tmp_path):
+    @pytest.fixture
+    def cloud(self, recorder, tmp_path):
         cloud = tmp_path / "cloud"
         cloud.mkdir()
         gcloud = f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/fake_cloud.py {cloud} "$@"\n'
         (tmp_path / "bin" / "gcloud").write_text(gcloud)
+        return cloud
+
+    def test_a_slice_that_is_taken_away_is_made_again_and_the_run_continues(self, recorder, cloud):
         setup = f"pwd >>{cloud}/setup"
         done = launch(recorder | {"POLL_SECONDS": "0"}, "tpu_vm.sh", "keep", *TPU, "--spot", "--setup", setup, "--", *TRAIN)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -140,7 +161,43 @@ class TestTpuVm:
         assert started == {f"started-{number}-{worker}": expected for number in (1, 2) for worker in (0, 1)}
         calls = [line.split()[0] for line in (cloud / "calls").read_text().splitlines()]
         assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (2, 2, 2)
+        assert (cloud / "caches").read_text().split() == ["gs://bucket/runs/jax-cache"] * 4
         assert (cloud / "setup").read_text().split() == [f"{cloud}/home{worker}/mlm-jax" for worker in (0, 1)] * 2
+
+    @pytest.mark.parametrize(
+        ("ends", "starts", "message"),
+        [
+            pytest.param(["1 0"] * 9, 4, "the run ended 1; that was failure 4 in a row", id="it never saves"),
+            pytest.param(["1 5"] * 9, 4, "that was failure 4 in a row", id="it never saves again"),
+            pytest.param([*(f"1 {step}" for step in range(6)), "0 6"], 7, "the run has ended", id="it saves between"),
+            pytest.param(["143 0", "130 0"] * 3 + ["0 0"], 7, "the run has ended", id="it is stopped by signals"),
+            pytest.param(["1 0", "143 0"] * 3 + ["1 0"], 7, "that was failure 4 in a row", id="signals save nothing"),
+        ],
+    )
+    def test_failures_without_a_checkpoint_between_them_are_counted(self, recorder, cloud, ends, starts, message):
+        done = self.keep(recorder, cloud, ends, ends)
+        assert done.returncode == (0 if message == "the run has ended" else 1)
+        assert message in done.stderr
+        assert len((cloud / "caches").read_text().split()) == 2 * starts
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            (["1 0", "0 0"], ["143 0", "0 0"], "the run ended 1; again, for the 1. time of 3"),
+            (["0 0", "0 0"], ["143 0", "0 0"], "the run was stopped by a signal; it continues"),
+        ],
+    )
+    def test_a_failure_of_one_worker_comes_before_a_stop_and_that_before_an_end(
+        self, recorder, cloud, first, second, message
+    ):
+        done = self.keep(recorder, cloud, first, second)
+        assert done.returncode == 0 and message in done.stderr
+
+    def keep(self, recorder, cloud, *plans: list[str]) -> subprocess.CompletedProcess[str]:
+        """`keep` of a run whose starts end as they are planned for each worker: a status and the step it continued at."""
+        for worker, plan in enumerate(plans):
+            (cloud / f"plan-{worker}").write_text("\n".join(plan) + "\n")
+        return launch(recorder | {"POLL_SECONDS": "0"}, "tpu_vm.sh", "keep", *TPU, "--", *TRAIN)
 
     @pytest.mark.slow
     @pytest.mark.skipif(shutil.which("gcloud") is None, reason="no gcloud here")
@@ -184,8 +241,12 @@ class TestWorker:
         assert "a run is going on this worker: mlm-jax train --workdir gs://b/r" in second.stderr
         self.give(project, "stop")
         slurm_requeue.wait_for((project / "run/status").exists, 10, "the status")
-        assert "saved" in self.give(project, "logs").stdout
         assert self.give(project, "state").stdout == "worker ended 143\n"
+        assert "saved" in self.give(project, "logs").stdout
+        for step in (40, 80):
+            with log.open("a") as lines:
+                lines.write(f"12:00:00 mlm_jax.train.loop: continuing from the checkpoint of step {step}\nmore\n")
+        assert self.give(project, "state").stdout == "worker ended 143\nbegun 80\n"
 
     def test_a_run_that_a_restart_of_the_machine_took_is_lost(self, project):
         self.give(project, "start", "--workdir", "gs://b/r")

@@ -1,6 +1,6 @@
 """The device mesh: its shape, what is refused, and where slices lie."""
 
-import types
+import dataclasses
 
 import jax
 import numpy as np
@@ -35,22 +35,57 @@ def test_sizes_that_do_not_multiply_out_are_refused(cfg):
         make_mesh(cfg)
 
 
-def described(slices: int, processes: int):
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What a mesh is laid out by."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str
+    device_kind: str = "any"
+
+
+def described(slices: int, processes: int, platform: str = "tpu") -> list[Described]:
     """Eight devices of so many slices and processes."""
-    return [types.SimpleNamespace(slice_index=i * slices // 8, process_index=i * processes // 8) for i in range(8)]
+    return [Described(i, i * slices // 8, i * processes // 8, platform) for i in range(8)]
 
 
 @pytest.mark.parametrize(
     ("cfg", "devices", "message"),
     [
         (ShardingConfig(slice=2), described(4, 4), "sharding.slice=2, but the devices form 4 slices; set it to 4"),
-        (ShardingConfig(), described(4, 4), "sharding.slice=1, but the devices form 4 slices; set it to 4"),
+        (ShardingConfig(), described(4, 4), "sharding.slice=1, but the devices form 4 slices; set it to 4$"),
+        (ShardingConfig(slice=2), described(4, 4, "gpu"), "slice=2, but the devices form 4 slices; set it to 4, or to 1"),
         (ShardingConfig(slice=2), described(1, 4), "slice=2, but the devices belong to 4 processes: set it to 4, or to 1"),
     ],
 )
 def test_slices_are_what_the_devices_form(cfg, devices, message):
     with pytest.raises(UserError, match=message):
         make_mesh(cfg, devices)
+
+
+@pytest.mark.parametrize("processes", [4, 8])
+@pytest.mark.parametrize(
+    ("cfg", "rows"),
+    [
+        (ShardingConfig(), [[0], [0], [1], [1], [2], [2], [3], [3]]),
+        (ShardingConfig(slice=4), [[0], [0], [1], [1], [2], [2], [3], [3]]),
+        (ShardingConfig(data=1, fsdp=-1), [[0], [0], [1], [1], [2], [2], [3], [3]]),
+        (ShardingConfig(data=2, fsdp=4), [[0], [0], [1], [1], [2], [2], [3], [3]]),
+        (ShardingConfig(fsdp=2), [[0], [0], [1], [1], [2], [2], [3], [3]]),
+        (ShardingConfig(data=1, fsdp=-1, tensor=2), [[0, 0], [1, 1], [2, 2], [3, 3]]),
+        (ShardingConfig(data=2, fsdp=1, tensor=4), [[0, 0, 1, 1], [2, 2, 3, 3]]),
+    ],
+)
+def test_hosts_of_gpus_are_blocks_of_whatever_axes_there_are(cfg, rows, processes):
+    """XLA calls each host of GPUs a slice; `rows` are those of the devices that compute with each part of a batch."""
+    devices = described(4, processes, "gpu")
+    mesh = make_mesh(cfg, list(reversed(devices)))
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+    hosts = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(hosts.reshape(len(rows), -1), rows)
+    assert mesh.shape["slice"] == cfg.slice
 
 
 def test_each_slice_of_tpus_is_one_block_of_the_mesh(monkeypatch):

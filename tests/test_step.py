@@ -190,7 +190,11 @@ def gradient_of(
 
 @pytest.mark.parametrize(
     ("mesh_name", "accumulation"),
-    [("1", 2), ("1", 4), *((name, 1) for name in MESHES if name != "1"), ("zero", 2), ("2x2x2", 4), ("all", 4)],
+    [
+        *(("1", 2), ("1", 4), ("zero", 2), ("2x2x2", 4), ("all", 4)),
+        *((name, 1) for name in MESHES if name != "1"),
+        *((name, accumulation) for name in ("8", "2x4", "4x2") for accumulation in (2, 4)),
+    ],
 )
 def test_a_batch_has_one_gradient_on_any_mesh_and_accumulation(mesh_name, accumulation):
     found, sums = gradient_of(make_rows(), mesh_name, accumulation)

@@ -31,13 +31,11 @@ class DoesNotFit(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step and the shapes that it was compiled for."""
+    """A compiled step and the shapes of its state."""
 
     mesh: jax.sharding.Mesh
     objective: Objective
     state: TrainState  # of ShapeDtypeStruct, each with its sharding
-    batch: dict[str, jax.ShapeDtypeStruct]
-    vocab: VocabTables
     compiled: Any
     compile_seconds: float
 
@@ -86,7 +84,7 @@ def compile_step(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise out_of_memory(str(error)) from error
-    return Program(mesh, objective, state, batch, vocab, compiled, time.perf_counter() - began)
+    return Program(mesh, objective, state, compiled, time.perf_counter() - began)
 
 
 def count_parameters(cfg: Config, stage_index: int, devices: Sequence[jax.Device]) -> tuple[int, str]:

@@ -67,7 +67,10 @@ def _check_model(cfg: Config) -> None:
         for where, network in cfg.networks.items():
             for name in fields:
                 ways, size = getattr(sharding, axis), getattr(network, name)
-                require(ways == -1 or size % ways == 0, f"sharding.{axis}={ways} must divide {where}{name}={size}")
+                fix = ""
+                if name == "vocab_size":
+                    fix = f": set model.vocab_size={-(-size // ways) * ways}, as a model's may exceed its tokenizer's"
+                require(ways == -1 or size % ways == 0, f"sharding.{axis}={ways} must divide {where}{name}={size}{fix}")
 
 
 def _check_generator(cfg: Config) -> None:

@@ -11,6 +11,8 @@ from mlm_jax.errors import MachineError, UserError
 
 Message = dict[str, Any]
 SILENCE_SECONDS = 30  # after which a host that does not answer any more counts as gone
+GREETING_SECONDS = 5  # for a process that has called to say who it is
+LONGEST_GREETING = 2**20  # bytes; a config has a few thousand
 
 
 class Channel:
@@ -44,6 +46,30 @@ class Channel:
             content = b""
         *lines, self._received = (self._received + content).split(b"\n")
         return [json.loads(line) for line in lines], bool(content)
+
+    def receive_first(self, deadline: float) -> Message | None:
+        """One message, in however many pieces it comes; what follows it is left for `receive`.
+
+        Returns:
+            None when the other side ends, says anything but a message, or takes until the deadline (`time.monotonic`).
+        """
+        line = b""
+        while not line.endswith(b"\n") and len(line) < LONGEST_GREETING and (left := deadline - time.monotonic()) > 0:
+            self.socket.settimeout(left)
+            try:
+                ahead = self.socket.recv(65536, socket.MSG_PEEK)
+                piece = self.socket.recv(ahead.find(b"\n") + 1 or len(ahead))
+            except OSError:
+                break
+            if not piece:
+                break
+            line += piece
+        self.socket.settimeout(None)
+        try:
+            message = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return None
+        return message if isinstance(message, dict) else None
 
     def close(self) -> None:
         self.socket.close()
@@ -91,11 +117,9 @@ def _listen(listener: socket.socket, count: int, words: set[str], deadline: floa
         except TimeoutError:
             break
         channel = Channel(connection)
-        connection.settimeout(5)
-        messages, _ = channel.receive()
-        connection.settimeout(None)
-        if messages and words <= messages[0].keys():
-            calls.append((channel, messages[0]))
+        message = channel.receive_first(min(deadline, time.monotonic() + GREETING_SECONDS))
+        if message is not None and words <= message.keys():
+            calls.append((channel, message))
         else:
             channel.close()  # not one of ours: a port scanner, a health check
     return calls
@@ -158,14 +182,12 @@ def call(cluster: Cluster, greeting: Message, timeout: float) -> tuple[Channel, 
     channel = Channel(connection)
     channel.send({"process": cluster.process_id, **greeting})
     # Process 0 gives up by the same time limit, which began at its own start; it is the one to say who is missing.
-    connection.settimeout(timeout + 10)
-    messages, _ = channel.receive()
-    connection.settimeout(None)
-    if not messages or "refused" in messages[0]:
+    answer = channel.receive_first(time.monotonic() + timeout + 10)
+    if answer is None or "refused" in answer:
         channel.close()
-    if not messages:
+    if answer is None:
         raise MachineError(f"process 0 at {cluster.coordinator} ended before all {cluster.num_processes} processes had come")
-    if "refused" in messages[0]:
-        kind = UserError if messages[0]["status"] == 2 else MachineError
-        raise kind(f"refused by process 0: {messages[0]['refused']}")
-    return channel, messages[0]
+    if "refused" in answer:
+        kind = UserError if answer["status"] == 2 else MachineError
+        raise kind(f"refused by process 0: {answer['refused']}")
+    return channel, answer

@@ -167,7 +167,14 @@ def _tpu(environment: Environment) -> Cluster | None:
         hosts, worker = [name.split(":")[0] for name in names.split(",")], int(environment.get("TPU_WORKER_ID", "0"))
     elif "TPU_SKIP_MDS_QUERY" not in environment and (number := _metadata("agent-worker-number")):
         # Each endpoint is a host name or NAME:ID:ADDRESS.
-        hosts = [endpoint.split(":")[-1] for endpoint in (_metadata("worker-network-endpoints") or "").split(",")]
+        endpoints = _metadata("worker-network-endpoints") or ""
+        hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]
+        if not all(hosts):
+            raise UserError(
+                f"this is worker {number} of a TPU slice whose metadata does not name its workers: worker-network-endpoints="
+                f"{endpoints!r}. Start again when the slice is ready, or describe the processes by --coordinator HOST:PORT "
+                "--num-processes N --process-id I; --no-distributed trains on this host alone"
+            )
         worker = int(number)
         lines = (line.partition(":") for line in (_metadata("tpu-env") or "").splitlines())
         slices = {name.strip(): value.strip().strip("'") for name, _, value in lines} | dict(environment)

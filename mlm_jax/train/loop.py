@@ -244,7 +244,7 @@ class _Run:
         restored = self.checkpoints.restore(abstract)
         if restored is None:
             return self.job.begin(create()), 0
-        logger.info("continuing from the checkpoint of step %d", restored[1])
+        logger.info("continuing from the checkpoint of step %d", restored[1])  # launch/worker.sh reads this
         return restored
 
     def _concrete(self, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -74,7 +74,8 @@ def _declare_train(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes",
         "One run over many hosts: start the same command on each. Under srun, mpirun and on TPU slices nothing more is "
-        "needed; elsewhere give these, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+        "needed, but --coordinator with Open MPI 5 on several hosts; elsewhere give these, or set JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
     several.add_argument("--num-processes", type=int, metavar="N", help="how many take part")
