@@ -1,10 +1,14 @@
 """Generated text: every blank filled and nothing else touched, in the order of the method, the same for the same seed."""
 
 import dataclasses
+import itertools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_masking import assert_binomial
 
 from mlm_jax.config import Config, HybridConfig, ModelConfig, ShardingConfig, StageConfig, TokenizerConfig
 from mlm_jax.data.tokenizer import train_tokenizer
@@ -151,6 +155,40 @@ def test_ancestral_steps_draw_from_the_models_distribution(generators, objective
         shares = np.bincount(found, minlength=384)[common] / 2048
         assert common.sum() > 3
         assert (np.abs(shares - expected[common]) < 4.5 * np.sqrt(expected[common] / 2048)).all()
+
+
+@one_device
+@pytest.mark.parametrize(("steps", "blocks"), [(3, 1), (4, 2)])
+def test_ancestral_steps_fill_each_blank_in_one_of_its_blocks_steps_by_lot(tokenizer, params, steps, blocks):
+    """A model whose every token tells how many masks are left: what a blank holds is the step at which it was filled."""
+    blanks, rows, first = 40, 512, 100
+
+    def logits(params, tokens_BL, segment_ids_BL, positions_BP):
+        left_B11 = (tokens_BL == tokenizer.mask_id).sum(1)[:, None, None]
+        told_BPV = jnp.arange(VOCAB)[None, None] == first + left_B11
+        return jnp.where(jnp.broadcast_to(told_BPV, (*positions_BP.shape, VOCAB)), 0.0, -1e9)
+
+    model = types.SimpleNamespace(vocab_size=VOCAB, max_positions=64)
+    generator = Generator(types.SimpleNamespace(cfg=types.SimpleNamespace(model=model), logits=logits), tokenizer)
+    ids, places = generator.encode(f"[MASK:{blanks}]", 0)
+    sampling = Sampling("ancestral", steps, 0.0, block_size=blanks // blocks, count=rows, seed=5)
+    left = generator.draw(params, ids, places, sampling)[:, places] - first
+    counts = [np.unique(row)[::-1] for row in left]  # of these seeds no step of any row fills nothing
+    assert {len(each) for each in counts} == {steps} and {each[0] for each in counts} == {blanks}
+    step = np.stack([np.searchsorted(-each, -row) for each, row in zip(counts, left, strict=True)])
+    own_steps = steps // blocks
+    block, turn = step // own_steps, step % own_steps
+    np.testing.assert_array_equal(block, np.arange(blanks)[None] * blocks // blanks + np.zeros((rows, 1), int))
+    for one in range(own_steps):
+        assert_binomial(int((turn == one).sum()), turn.size, 1 / own_steps)
+    neighbours = {
+        "blanks": (turn[:, ::2], turn[:, 1::2]),
+        "blocks": (turn[:, :20], turn[:, 20:]),
+        "rows": (turn[::2], turn[1::2]),
+    }
+    for one, other in neighbours.values():
+        for pair in itertools.product(range(own_steps), repeat=2):
+            assert_binomial(int(((one == pair[0]) & (other == pair[1])).sum()), one.size, 1 / own_steps**2)
 
 
 # From left to right.
