@@ -138,6 +138,20 @@ def test_an_objective_gives_the_terms_that_it_declares(name, one):
     assert objective.flops_per_token(10.0, 0.2) > objective.flops_per_token(10.0, 0.1) > 0
 
 
+@pytest.mark.parametrize("name", ["span", "rtd", "hybrid", "image_text"])
+def test_how_a_run_trains_does_not_change_what_an_objective_measures(name, one):
+    """Whichever stage the objective was made for, at whatever rate it trains."""
+    plain, found = config(name), []
+    stages = (*plain.stages, dataclasses.replace(plain.stages[0], mask_rate=0.6))
+    other = dataclasses.replace(plain, stages=stages, masking=dataclasses.replace(plain.masking, **SCHEDULED, static=True))
+    rows = rows_of(name) | {"epochs": np.zeros(len(make_rows()["tokens"]), np.int32)}
+    given = weights(name), on_devices(rows, one), Keys(jax.random.key(0), None), tables_on(one)
+    for cfg, stage in ((plain, 0), (other, 1)):
+        objective = make_objective(cfg, Compute.resolve(cfg.compute), stage)
+        found.append(jax.device_get(jax.jit(objective.evaluate, compiler_options=QUICK)(*given)))
+    assert found[0] == found[1] and all(term.weight > 20 for term in found[0].values())
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tables_may_have_a_width_of_their_own(name, one):
     cfg = config(name)
