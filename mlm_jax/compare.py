@@ -24,7 +24,7 @@ from mlm_jax.config import Config, load_config, to_dict
 from mlm_jax.data.corpus import open_corpus
 from mlm_jax.data.prepare import prepare
 from mlm_jax.errors import MachineError, UserError
-from mlm_jax.report.comparison import write_comparison
+from mlm_jax.report.comparison import figures_of, write_comparison
 from mlm_jax.report.runs import read_runs
 from mlm_jax.workdir import write_atomically
 
@@ -312,6 +312,7 @@ def _row(cfg: Config, directory: pathlib.Path, kept: _Kept, pairs: Sequence[str]
     accuracies = [accuracy for pattern in pairs for accuracy in run["pairs"].get(pattern, {}).values()]
     return {
         **{name: final[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")},
+        "figures": figures_of(cfg),
         "own": {name: value for name, value in final.items() if name not in COMMON},
         "pairs": sum(accuracies) / len(accuracies) if accuracies else None,
         "tokens_per_second": read.median("tokens_per_second"),

@@ -1,5 +1,7 @@
 """The comparison's runs spend one budget, its table is what their workdirs say, and it continues where it stopped."""
 
+import dataclasses
+import html
 import json
 import pathlib
 
@@ -7,8 +9,9 @@ import pytest
 
 from mlm_jax.cli import main
 from mlm_jax.compare import plan_steps, scaled_fields
-from mlm_jax.config import Config, MaskingConfig, OptimizerConfig, StageConfig
+from mlm_jax.config import Config, HybridConfig, MaskingConfig, OptimizerConfig, RtdConfig, StageConfig
 from mlm_jax.errors import UserError
+from mlm_jax.report.comparison import HEAD, figures_of, format_comparison, lead, notes_of
 
 RECIPE = """import ml_collections
 
@@ -87,9 +90,13 @@ def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys
         for measure in ("loss", "accuracy", "unigram_loss", "unigram_accuracy"):
             assert row[measure] == final[measure]
         assert row["pairs"] in (0.0, 0.5, 1.0) and row["memory_bytes"] > 1e7 and row["wall_seconds"] > 0
-        assert f"{row['loss']:.3f}" in printed and f"{row['loss']:.3f}" in page
+        assert 0 < row["step_seconds"] < row["wall_seconds"]
+        for shown in (f"{row['loss']:.3f}", f"{1e3 * row['step_seconds'] / row['steps']:,.1f}"):
+            assert shown in printed and shown in page
     mlm, hybrid = (table["runs"][name] for name in ("mlm", "hybrid"))
     assert mlm["unigram_loss"] == hybrid["unigram_loss"] and mlm["steps"] != hybrid["steps"]
+    told = "hybrid: 0.5 of its rows in training were predicted from the left only"
+    assert told in printed and told in page and mlm["figures"] == ""
     assert set(hybrid["own"]) == {"causal_bits_per_token", "causal_perplexity"} and not mlm["own"]
 
     # The same command trains again only what has failed; another budget or other configs are refused.
@@ -102,6 +109,44 @@ def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys
     assert "holds a comparison with other budget" in capsys.readouterr().err
     assert run(folder, "hybrid", "mlm") == 2
     assert "holds a comparison with other configs" in capsys.readouterr().err
+
+
+def test_the_table_and_the_page_say_whose_figures_they_show():
+    base = Config(name="x")
+    cfgs = {
+        "mlm": base,
+        "rtd": dataclasses.replace(base, objective="rtd", rtd=RtdConfig(generator_size=0.5)),
+        "again": dataclasses.replace(base, objective="rtd", rtd=RtdConfig(generator_size=0.5)),
+        "diffusion": dataclasses.replace(base, objective="diffusion"),
+        "hybrid": dataclasses.replace(base, objective="hybrid", hybrid=HybridConfig(causal_share=0.125)),
+        "causal": dataclasses.replace(base, objective="hybrid", hybrid=HybridConfig(causal_share=1.0)),
+        "masked": dataclasses.replace(base, objective="hybrid", hybrid=HybridConfig(causal_share=0.0)),
+    }
+    names = ("loss", "accuracy", "unigram_loss", "unigram_accuracy", "tokens_per_second", "flops", "memory_bytes")
+    row = dict.fromkeys((*names, "wall_seconds"), 1.0) | {"pairs": None, "own": {}, "steps": 800, "step_seconds": 10.0}
+    runs = {name: row | {"figures": figures_of(cfg)} for name, cfg in cfgs.items()} | {"broken": {"error": "no disk"}}
+    table = {"budget": {"minutes": 2.0}, "runs": runs}
+    notes = notes_of(table)
+    assert notes[0] == "broken: no disk" and "no sentence below says otherwise" in notes[1]
+    assert [note.partition(":")[0] for note in notes[2:]] == ["rtd, again", "diffusion", "hybrid", "causal"]
+    for note, said in zip(
+        notes[2:],
+        (
+            "the generator's, a network of 0.5 of the width; the discriminator's figures are among the own measures",
+            "saw no 80/10/10 masks in training, which loss and accuracy are under: judge it by its bound",
+            "0.125 of its rows in training were predicted from the left only",
+            "are of tokens predicted from those before them alone",
+        ),
+        strict=True,
+    ):
+        assert said in note
+    text, page = format_comparison(table), html.unescape(lead(table))
+    assert all(note in text.splitlines() and f">{note}<" in page for note in notes)
+    head, first, *_ = text.splitlines()
+    assert (
+        head.split().index("ms/step") == HEAD.index("ms/step") + 1
+    )  # "held-out loss" and "minimal pairs" are two words each
+    assert "  12.5  " in first and "<td>12.5</td>" in page and "<th>ms/step</th>" in page
 
 
 @pytest.mark.parametrize(
