@@ -3,10 +3,16 @@
 import dataclasses
 import html
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from mlm_jax import compare
 from mlm_jax.cli import main
 from mlm_jax.compare import plan_steps, scaled_fields
 from mlm_jax.config import Config, HybridConfig, MaskingConfig, OptimizerConfig, RtdConfig, StageConfig
@@ -177,6 +183,33 @@ def test_an_unknown_file(folder, capsys):
 def test_configs_of_other_corpora_are_refused(folder, capsys):
     assert run(folder, "mlm", "other-vocabulary", out="other") == 2
     assert "tokenizer.vocab_size=400, and the config has 408" in capsys.readouterr().err
+
+
+CALLER = """
+import sys
+from mlm_jax import compare
+compare._command = lambda verb: [sys.executable, "-c", verb[-1]]
+try:
+    compare._call(["bench", "--config", "x.py", sys.argv[1]])
+except compare.Interrupted as stop:
+    sys.exit(f"told: {stop}")
+"""
+CHILD = "import os, time; print(os.getpid(), file=open('pid', 'w'), flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_another_verb_is_at_work_ends_both(number, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(compare.__file__).parents[1])}
+    command = [sys.executable, "-c", CALLER, CHILD]
+    caller = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("\n"):
+        assert caller.poll() is None
+        time.sleep(0.05)
+    caller.send_signal(number)
+    _, stderr = caller.communicate(timeout=30)
+    assert stderr == f"told: stopped by signal {int(number)}; the same command continues\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 STAGES = (StageConfig(steps=300, seq_len=32), StageConfig(steps=100, learning_rate=1e-3, warmup_steps=20))
