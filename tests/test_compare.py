@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import json
 import os
 import pathlib
@@ -50,7 +51,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (path / "tiny.py").write_text(RECIPE)
     texts = (f"{i}. The river {i % 7} flows past {i % 11} towns to the {('old', 'cold')[i % 2]} sea." for i in range(400))
     (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (path / "pairs.jsonl").write_text('{"sentence_good": "The river flows.", "sentence_bad": "flows river The."}\n' * 3)
+    sentence = "The river {} flows past {} towns to the {} sea."
+    words = [(i % 7, i * i % 11, ("old", "cold")[i % 3 == 0]) for i in range(42)]  # no better than those of the next one
+    both = itertools.pairwise(words)
+    pairs = [{"sentence_good": sentence.format(*one), "sentence_bad": sentence.format(*other)} for one, other in both]
+    (path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return path
 
 
@@ -95,11 +100,16 @@ def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys
         assert 0 < rates[-1] < 2e-3 / (sum(steps) - 10 * sum(steps) / 100)  # the curve ends with the budget
         for measure in ("loss", "accuracy", "unigram_loss", "unigram_accuracy"):
             assert row[measure] == final[measure]
-        assert row["pairs"] in (0.0, 0.5, 1.0) and row["memory_bytes"] > 1e7 and row["wall_seconds"] > 0
+        assert (
+            main(["score", "--workdir", str(folder / "out" / name), "--pairs", str(folder / "pairs.jsonl"), "--json"]) == 0
+        )
+        assert 0 < row["pairs"] < 1 and row["pairs"] == json.loads(capsys.readouterr().out.splitlines()[-1])["mean"]
+        assert row["memory_bytes"] > 1e7 and row["wall_seconds"] > 0
         assert 0 < row["step_seconds"] < row["wall_seconds"]
         for shown in (f"{row['loss']:.3f}", f"{1e3 * row['step_seconds'] / row['steps']:,.1f}"):
             assert shown in printed and shown in page
     mlm, hybrid = (table["runs"][name] for name in ("mlm", "hybrid"))
+    assert mlm["pairs"] != hybrid["pairs"]
     assert mlm["unigram_loss"] == hybrid["unigram_loss"] and mlm["steps"] != hybrid["steps"]
     told = "hybrid: 0.5 of its rows in training were predicted from the left only"
     assert told in printed and told in page and mlm["figures"] == ""
