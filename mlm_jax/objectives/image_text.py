@@ -26,8 +26,6 @@ from mlm_jax.objectives.network import Network
 from mlm_jax.objectives.rates import scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 
-_PATCHES = 2  # folded into an example's key; the masking of text folds in 1
-
 
 class ImageTextModel(nnx.Module):
     """The encoder with a head for masked tokens and, where they are learned, for matching pairs and hidden patches."""
@@ -116,7 +114,8 @@ class ImageText:
         keys_B = masking.example_keys(key, batch["epochs"], batch["example_ids"], static=self.cfg.masking.static)
 
         def choose(key: jax.Array) -> jax.Array:
-            return jnp.argsort(jax.random.bits(jax.random.fold_in(key, _PATCHES), (count,)))[:hidden].astype(jnp.int32)
+            own_key = jax.random.fold_in(key, masking.streams.PATCHES)
+            return jnp.argsort(jax.random.bits(own_key, (count,)))[:hidden].astype(jnp.int32)
 
         return jax.vmap(choose)(keys_B)
 

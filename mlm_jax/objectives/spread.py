@@ -6,9 +6,6 @@ import numpy as np
 
 from mlm_jax.objectives.contract import Batch, Keys
 
-# Folded into the run's mask key, where examples fold in their epoch; no run has as many epochs.
-RATES, CAUSAL_ROWS, DRAWS = (np.uint32(2**32 - n) for n in (1, 2, 3))
-
 
 def spread_rows(batch: Batch, keys: Keys, stream: np.uint32) -> jax.Array:
     """A number in [0, 1) for each row, float32 [B]: its place in the global batch, moved by an offset that all share.
