@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_masking import assert_binomial
 
-from mlm_jax.config import Config, HybridConfig, ModelConfig, ShardingConfig, StageConfig, TokenizerConfig
+from mlm_jax.config import Config, HybridConfig, MaskingConfig, ModelConfig, ShardingConfig, StageConfig, TokenizerConfig
 from mlm_jax.data.tokenizer import train_tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.generate import Generator, Sampling, Schedule, default_method, untrained_for
@@ -269,6 +269,8 @@ def test_settings_that_mean_nothing(options, message):
 def test_what_a_run_was_not_trained_for_is_said(objectives):
     stages = (StageConfig(), StageConfig(mask_rate=0.4))
     assert "40% of a text masked" in untrained_for(dataclasses.replace(CFG, stages=stages), "confidence")
+    moving = MaskingConfig(rate=0.15, rate_spread=0.05, schedule="linear", final_rate=0.6)
+    assert "at most 65% of a text masked" in untrained_for(dataclasses.replace(CFG, masking=moving), "confidence")
     assert untrained_for(dataclasses.replace(CFG, objective="diffusion"), "ancestral") == ""
     hybrid = dataclasses.replace(CFG, objective="hybrid")
     assert "15% of a text" in untrained_for(hybrid, "confidence") and untrained_for(hybrid, "causal") == ""
