@@ -54,7 +54,7 @@ class Sampling:
             raise UserError(f"count={self.count} must be positive")
         for name in ("steps", "temperature", "block_size", "seed"):
             if not 0 <= getattr(self, name) < 2**31:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below {2**31}")
         if self.method == "causal" and (self.steps or self.block_size):
             raise UserError("method causal fills one token a step: it takes neither steps nor block_size")
 

@@ -258,6 +258,9 @@ def test_mistakes(generators, params, name, prompt, sampling, length, message):
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"steps": -1}, "steps=-1"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296 must be at least 0 and below 2147483648"),
+        ({"steps": 3_000_000_000}, "steps=3000000000 must be at least 0 and below 2147483648"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0 and below 2147483648"),
         ({"method": "causal", "steps": 3}, "takes neither steps nor block_size"),
     ],
 )
