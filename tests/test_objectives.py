@@ -121,6 +121,17 @@ def test_the_example_of_the_readme_is_the_one_that_is_trained_here():
     assert inspect.getsource(MaskedLMWithZLoss) in (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
+@dataclasses.dataclass(frozen=True)
+class NamesTheMask(MaskedLMWithZLoss):
+    mask_id: int | None = None
+
+
+def test_an_objective_that_has_a_field_for_it_is_given_the_tokenizers_mask(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, EXAMPLE, NamesTheMask)
+    assert build(EXAMPLE).mask_id == build("diffusion").mask_id == 4
+    assert all(not hasattr(build(name), "mask_id") for name in VARIANTS if name != "diffusion")
+
+
 @pytest.mark.parametrize("name", [*VARIANTS, EXAMPLE])
 def test_an_objective_gives_the_terms_that_it_declares(name, one):
     objective = build(name)
