@@ -24,7 +24,7 @@ from mlm_jax.config import Config, load_config, to_dict
 from mlm_jax.data.corpus import open_corpus
 from mlm_jax.data.prepare import prepare
 from mlm_jax.errors import MachineError, UserError
-from mlm_jax.report.comparison import write_comparison
+from mlm_jax.report.comparison import figures_of, write_comparison
 from mlm_jax.report.runs import read_runs
 from mlm_jax.workdir import write_atomically
 
@@ -45,7 +45,7 @@ COMMON = (
 
 
 class Interrupted(Exception):
-    """A signal arrived; the run under way has saved its state."""
+    """A signal arrived; a run under way has saved its state, and what else was under way is begun anew."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by signal {number}; the same command continues")
@@ -251,18 +251,8 @@ def _train(config: Sequence[str], directory: pathlib.Path, name: str, data: str,
     began = time.perf_counter()
     with open(log, "a") as file:
         child = subprocess.Popen(_command(verb), stdout=file, stderr=file, start_new_session=True)
-        received: list[int] = []
-
-        def forward(number: int, frame: Any) -> None:
-            received.append(number)
-            child.send_signal(number)
-
-        before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with _forwarding_signals(child) as received:
             _, status, usage = os.wait4(child.pid, 0)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
     child.returncode = os.waitstatus_to_exitcode(status)
     run["seconds"] += time.perf_counter() - began
     # In KiB, but for macOS, which counts bytes.
@@ -290,10 +280,32 @@ def _command(verb: Sequence[str]) -> list[str]:
 
 def _call(verb: Sequence[str]) -> str:
     """What another verb prints."""
-    done = subprocess.run(_command(verb), capture_output=True, text=True)
-    if done.returncode:
-        raise MachineError(f"{verb[0]} of {verb[2]} failed: {_message(done.stderr, done.returncode)}")
-    return done.stdout
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(_command(verb), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    with _forwarding_signals(child) as received:
+        stdout, stderr = child.communicate()
+    if received:
+        raise Interrupted(received[0])
+    if child.returncode:
+        raise MachineError(f"{verb[0]} of {verb[2]} failed: {_message(stderr, child.returncode)}")
+    return stdout
+
+
+@contextlib.contextmanager
+def _forwarding_signals(child: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """Sends the child the signals that arrive while it is waited for, and keeps their numbers."""
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _message(stderr: str, status: int) -> str:
@@ -312,6 +324,7 @@ def _row(cfg: Config, directory: pathlib.Path, kept: _Kept, pairs: Sequence[str]
     accuracies = [accuracy for pattern in pairs for accuracy in run["pairs"].get(pattern, {}).values()]
     return {
         **{name: final[name] for name in ("loss", "accuracy", "unigram_loss", "unigram_accuracy")},
+        "figures": figures_of(cfg),
         "own": {name: value for name, value in final.items() if name not in COMMON},
         "pairs": sum(accuracies) / len(accuracies) if accuracies else None,
         "tokens_per_second": read.median("tokens_per_second"),

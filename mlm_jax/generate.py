@@ -18,6 +18,7 @@ from mlm_jax.data.tokenizer import MASK_TEXT, Tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.objectives import Objective
 from mlm_jax.objectives.hybrid import HybridLM
+from mlm_jax.objectives.rates import scheduled_rates
 from mlm_jax.sharding import ROWS
 
 METHODS = ("confidence", "ancestral", "causal")
@@ -53,7 +54,7 @@ class Sampling:
             raise UserError(f"count={self.count} must be positive")
         for name in ("steps", "temperature", "block_size", "seed"):
             if not 0 <= getattr(self, name) < 2**31:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below {2**31}")
         if self.method == "causal" and (self.steps or self.block_size):
             raise UserError("method causal fills one token a step: it takes neither steps nor block_size")
 
@@ -275,8 +276,8 @@ def untrained_for(cfg: Config, method: str) -> str:
         return ""
     if cfg.objective == "hybrid" and cfg.hybrid.causal_share == 1:
         return "this run was trained on causal rows alone and fills each blank from its left; --method causal is its own"
-    rate = max(map(cfg.mask_rate, cfg.stages))
-    return f"this run was trained with {rate:.0%} of a text masked; more blanks at once than that are new to it"
+    rate = max(scheduled_rates(cfg, stage, 0).largest for stage in range(len(cfg.stages)))
+    return f"this run was trained with at most {rate:.0%} of a text masked; more blanks at once than that are new to it"
 
 
 def _keys(key: jax.Array, seeds_B: jax.Array, step: jax.Array) -> jax.Array:

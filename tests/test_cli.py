@@ -1,6 +1,7 @@
 """The command line from end to end on a tiny run: what each verb gives, what a mistake costs, what a stop changes."""
 
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import pytest
 from mlm_jax import cli
 from mlm_jax.cli import main
 from mlm_jax.inference import open_run
+from mlm_jax.score import PseudoLikelihood
 from mlm_jax.workdir import Workdir
 
 SMOKE = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "smoke.py")
@@ -104,9 +106,13 @@ def test_every_later_verb_needs_the_workdir_alone(workdir, tmp_path, capsys):
     assert main(["fill-mask", "--workdir", str(moved), "--json", "--top-k=3", "The [MASK] river meets the [MASK]."]) == 0
     assert [len(mask) for mask in last_json(capsys)["fills"][0]["masks"]] == [3, 3]
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"sentence_good": "The river rises.", "sentence_bad": "The rises river."}\n' * 3)
+    both = [(f"The {one} river", f"The {other} river") for one, other in itertools.combinations(WORDS, 2)]
+    pairs.write_text("".join(json.dumps({"sentence_good": a, "sentence_bad": b}) + "\n" for a, b in both))
     assert main(["score", "--workdir", str(moved), "--pairs", str(pairs), "--json"]) == 0
-    assert last_json(capsys)["accuracy"] in ({"pairs": 0.0}, {"pairs": 1.0}, {"pairs": 0.5})
+    accuracy = last_json(capsys)["accuracy"]
+    with open_run(moved) as run:
+        first, second = PseudoLikelihood(run)([sentence for pair in both for sentence in pair]).reshape(-1, 2).T
+    assert accuracy == {"pairs": (first > second).mean()} and 0 < accuracy["pairs"] < 1
     assert main(["report", "--workdir", str(moved)]) == 0
     assert "<html" in (moved / "report.html").read_text()
 

@@ -1,14 +1,24 @@
 """The comparison's runs spend one budget, its table is what their workdirs say, and it continues where it stopped."""
 
+import dataclasses
+import html
+import itertools
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from mlm_jax import compare
 from mlm_jax.cli import main
 from mlm_jax.compare import plan_steps, scaled_fields
-from mlm_jax.config import Config, MaskingConfig, OptimizerConfig, StageConfig
+from mlm_jax.config import Config, HybridConfig, MaskingConfig, OptimizerConfig, RtdConfig, StageConfig
 from mlm_jax.errors import UserError
+from mlm_jax.report.comparison import HEAD, figures_of, format_comparison, lead, notes_of
 
 RECIPE = """import ml_collections
 
@@ -41,7 +51,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (path / "tiny.py").write_text(RECIPE)
     texts = (f"{i}. The river {i % 7} flows past {i % 11} towns to the {('old', 'cold')[i % 2]} sea." for i in range(400))
     (path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (path / "pairs.jsonl").write_text('{"sentence_good": "The river flows.", "sentence_bad": "flows river The."}\n' * 3)
+    sentence = "The river {} flows past {} towns to the {} sea."
+    words = [(i % 7, i * i % 11, ("old", "cold")[i % 3 == 0]) for i in range(42)]  # no better than those of the next one
+    both = itertools.pairwise(words)
+    pairs = [{"sentence_good": sentence.format(*one), "sentence_bad": sentence.format(*other)} for one, other in both]
+    (path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return path
 
 
@@ -86,10 +100,18 @@ def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys
         assert 0 < rates[-1] < 2e-3 / (sum(steps) - 10 * sum(steps) / 100)  # the curve ends with the budget
         for measure in ("loss", "accuracy", "unigram_loss", "unigram_accuracy"):
             assert row[measure] == final[measure]
-        assert row["pairs"] in (0.0, 0.5, 1.0) and row["memory_bytes"] > 1e7 and row["wall_seconds"] > 0
-        assert f"{row['loss']:.3f}" in printed and f"{row['loss']:.3f}" in page
+        assert (
+            main(["score", "--workdir", str(folder / "out" / name), "--pairs", str(folder / "pairs.jsonl"), "--json"]) == 0
+        )
+        assert 0 < row["pairs"] < 1 and row["pairs"] == json.loads(capsys.readouterr().out.splitlines()[-1])["mean"]
+        assert row["memory_bytes"] > 1e7 and row["wall_seconds"] > 0
+        assert 0 < row["step_seconds"] < row["wall_seconds"]
+        for shown in (f"{row['loss']:.3f}", f"{1e3 * row['step_seconds'] / row['steps']:,.1f}"):
+            assert shown in printed and shown in page
     mlm, hybrid = (table["runs"][name] for name in ("mlm", "hybrid"))
     assert mlm["unigram_loss"] == hybrid["unigram_loss"] and mlm["steps"] != hybrid["steps"]
+    told = "hybrid: 0.5 of its rows in training were predicted from the left only"
+    assert told in printed and told in page and mlm["figures"] == ""
     assert set(hybrid["own"]) == {"causal_bits_per_token", "causal_perplexity"} and not mlm["own"]
 
     # The same command trains again only what has failed; another budget or other configs are refused.
@@ -102,6 +124,44 @@ def test_a_comparison_of_which_one_run_fails_and_its_continuation(folder, capsys
     assert "holds a comparison with other budget" in capsys.readouterr().err
     assert run(folder, "hybrid", "mlm") == 2
     assert "holds a comparison with other configs" in capsys.readouterr().err
+
+
+def test_the_table_and_the_page_say_whose_figures_they_show():
+    base = Config(name="x")
+    cfgs = {
+        "mlm": base,
+        "rtd": dataclasses.replace(base, objective="rtd", rtd=RtdConfig(generator_size=0.5)),
+        "again": dataclasses.replace(base, objective="rtd", rtd=RtdConfig(generator_size=0.5)),
+        "diffusion": dataclasses.replace(base, objective="diffusion"),
+        "hybrid": dataclasses.replace(base, objective="hybrid", hybrid=HybridConfig(causal_share=0.125)),
+        "causal": dataclasses.replace(base, objective="hybrid", hybrid=HybridConfig(causal_share=1.0)),
+        "masked": dataclasses.replace(base, objective="hybrid", hybrid=HybridConfig(causal_share=0.0)),
+    }
+    names = ("loss", "accuracy", "unigram_loss", "unigram_accuracy", "tokens_per_second", "flops", "memory_bytes")
+    row = dict.fromkeys((*names, "wall_seconds"), 1.0) | {"pairs": None, "own": {}, "steps": 800, "step_seconds": 10.0}
+    runs = {name: row | {"figures": figures_of(cfg)} for name, cfg in cfgs.items()} | {"broken": {"error": "no disk"}}
+    table = {"budget": {"minutes": 2.0}, "runs": runs}
+    notes = notes_of(table)
+    assert notes[0] == "broken: no disk" and "no sentence below says otherwise" in notes[1]
+    assert [note.partition(":")[0] for note in notes[2:]] == ["rtd, again", "diffusion", "hybrid", "causal"]
+    for note, said in zip(
+        notes[2:],
+        (
+            "the generator's, a network of 0.5 of the width; the discriminator's figures are among the own measures",
+            "saw no 80/10/10 masks in training, which loss and accuracy are under: judge it by its bound",
+            "0.125 of its rows in training were predicted from the left only",
+            "are of tokens predicted from those before them alone",
+        ),
+        strict=True,
+    ):
+        assert said in note
+    text, page = format_comparison(table), html.unescape(lead(table))
+    assert all(note in text.splitlines() and f">{note}<" in page for note in notes)
+    head, first, *_ = text.splitlines()
+    assert (
+        head.split().index("ms/step") == HEAD.index("ms/step") + 1
+    )  # "held-out loss" and "minimal pairs" are two words each
+    assert "  12.5  " in first and "<td>12.5</td>" in page and "<th>ms/step</th>" in page
 
 
 @pytest.mark.parametrize(
@@ -132,6 +192,33 @@ def test_an_unknown_file(folder, capsys):
 def test_configs_of_other_corpora_are_refused(folder, capsys):
     assert run(folder, "mlm", "other-vocabulary", out="other") == 2
     assert "tokenizer.vocab_size=400, and the config has 408" in capsys.readouterr().err
+
+
+CALLER = """
+import sys
+from mlm_jax import compare
+compare._command = lambda verb: [sys.executable, "-c", verb[-1]]
+try:
+    compare._call(["bench", "--config", "x.py", sys.argv[1]])
+except compare.Interrupted as stop:
+    sys.exit(f"told: {stop}")
+"""
+CHILD = "import os, time; print(os.getpid(), file=open('pid', 'w'), flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_another_verb_is_at_work_ends_both(number, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(compare.__file__).parents[1])}
+    command = [sys.executable, "-c", CALLER, CHILD]
+    caller = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("\n"):
+        assert caller.poll() is None
+        time.sleep(0.05)
+    caller.send_signal(number)
+    _, stderr = caller.communicate(timeout=30)
+    assert stderr == f"told: stopped by signal {int(number)}; the same command continues\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 STAGES = (StageConfig(steps=300, seq_len=32), StageConfig(steps=100, learning_rate=1e-3, warmup_steps=20))

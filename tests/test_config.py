@@ -216,6 +216,10 @@ CHECKS = [
         "draws 3.8 words at a time, and rows of stages[0].seq_len=16 have a budget of 2.4 tokens",
     ),
     (
+        "masking.policy=span stages[0].seq_len=32 masking.rate_spread=0.1",
+        "draws 3.8 words at a time, and rows of stages[0].seq_len=32 have a budget of 1.6 tokens",
+    ),
+    (
         "masking.policy=ngram masking.max_words=3 stages[0].seq_len=64 masking.schedule=step masking.schedule_start=1 "
         "masking.final_rate=0.02",
         "draws 1.6 words at a time, and rows of stages[0].seq_len=64 have a budget of 1.3 tokens",
@@ -255,8 +259,14 @@ CHECKS = [
     ),
     ("reference_topology=v5e-16", "reference_topology='v5e-16' is not like v5e:4x4"),
     ("rtd.generator_size=0", "rtd.generator_size=0.0 must be in (0, 1]"),
-    ("rtd.generator_size=1.5", "rtd.generator_size=1.5 must be in (0, 1]"),
-    ("rtd.generator_layers=0", "rtd.generator_layers=0.0 must be in (0, 1]"),
+    (
+        "rtd.generator_size=1.5",
+        "rtd.generator_size=1.5 must be in (0, 1]: the generator is a part of the model, and 1 makes",
+    ),
+    (
+        "rtd.generator_layers=0",
+        "rtd.generator_layers=0.0 must be in (0, 1]: the generator is a part of the model, and 1 gives",
+    ),
     ("rtd.discriminator_weight=-1", "rtd.discriminator_weight=-1.0 must be at least 0"),
     ("rtd.embedding_sharing=tide", "rtd.embedding_sharing='tide' is none of tied, disentangled; did you mean 'tied'?"),
     (

@@ -30,7 +30,7 @@ from mlm_jax.model.layers import gather_positions
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.diffusion import MaskedDiffusion, mask_counts
 from mlm_jax.objectives.scoring import score_in_chunks, score_targets
-from mlm_jax.objectives.spread import CAUSAL_ROWS, RATES, spread_rows
+from mlm_jax.objectives.spread import spread_rows
 
 MASK_ID = 4
 # Chunks that do not divide the rows, so that the last is padded.
@@ -48,7 +48,7 @@ def one():
 # Rates.
 
 
-def spread(step: int, stream=RATES, rows: int = BATCH) -> np.ndarray:
+def spread(step: int, stream=masking.streams.ROW_RATES, rows: int = BATCH) -> np.ndarray:
     batch = {"places": jnp.arange(rows, dtype=jnp.float32) / rows}
     return np.asarray(spread_rows(batch, Keys(jax.random.key(3), None, jnp.int32(step)), stream))
 
@@ -64,7 +64,7 @@ def test_a_rows_numbers_are_uniform_over_the_steps():
     numbers = np.array([spread(step)[5] for step in range(400)])
     counts = np.histogram(numbers, 8, (0, 1))[0]
     assert ((counts - 50) ** 2 / 50).sum() < 24.3  # chi-square with 7 degrees of freedom: exceeded once in a thousand times
-    assert (spread(7) != spread(7, CAUSAL_ROWS)).all()
+    assert (spread(7) != spread(7, masking.streams.CAUSAL_ROWS)).all()
 
 
 # The bound, of a text of three tokens whose every mask is enumerated.
@@ -196,7 +196,9 @@ def test_only_masked_tokens_cost_anything_and_the_mask_is_no_candidate(one, monk
     by_hidden, by_params = jax.device_get(grads(delta, parameters_on(one), on_devices(rows, one), tables_on(one)))
     monkeypatch.undo()
 
-    rates = 1e-3 + (1 - 1e-3) * np.asarray(spread_rows({"places": rows["places"]}, Keys(keys, None, step), RATES))
+    rates = 1e-3 + (1 - 1e-3) * np.asarray(
+        spread_rows({"places": rows["places"]}, Keys(keys, None, step), masking.streams.ROW_RATES)
+    )
     masked = np.zeros((BATCH, LENGTH), bool)
     for row in range(BATCH):
         key = jax.random.fold_in(jax.random.fold_in(keys, rows["epochs"][row]), rows["example_ids"][row])

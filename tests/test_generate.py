@@ -1,12 +1,16 @@
 """Generated text: every blank filled and nothing else touched, in the order of the method, the same for the same seed."""
 
 import dataclasses
+import itertools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_masking import assert_binomial
 
-from mlm_jax.config import Config, HybridConfig, ModelConfig, ShardingConfig, StageConfig, TokenizerConfig
+from mlm_jax.config import Config, HybridConfig, MaskingConfig, ModelConfig, ShardingConfig, StageConfig, TokenizerConfig
 from mlm_jax.data.tokenizer import train_tokenizer
 from mlm_jax.errors import UserError
 from mlm_jax.generate import Generator, Sampling, Schedule, default_method, untrained_for
@@ -153,6 +157,40 @@ def test_ancestral_steps_draw_from_the_models_distribution(generators, objective
         assert (np.abs(shares - expected[common]) < 4.5 * np.sqrt(expected[common] / 2048)).all()
 
 
+@one_device
+@pytest.mark.parametrize(("steps", "blocks"), [(3, 1), (4, 2)])
+def test_ancestral_steps_fill_each_blank_in_one_of_its_blocks_steps_by_lot(tokenizer, params, steps, blocks):
+    """A model whose every token tells how many masks are left: what a blank holds is the step at which it was filled."""
+    blanks, rows, first = 40, 512, 100
+
+    def logits(params, tokens_BL, segment_ids_BL, positions_BP):
+        left_B11 = (tokens_BL == tokenizer.mask_id).sum(1)[:, None, None]
+        told_BPV = jnp.arange(VOCAB)[None, None] == first + left_B11
+        return jnp.where(jnp.broadcast_to(told_BPV, (*positions_BP.shape, VOCAB)), 0.0, -1e9)
+
+    model = types.SimpleNamespace(vocab_size=VOCAB, max_positions=64)
+    generator = Generator(types.SimpleNamespace(cfg=types.SimpleNamespace(model=model), logits=logits), tokenizer)
+    ids, places = generator.encode(f"[MASK:{blanks}]", 0)
+    sampling = Sampling("ancestral", steps, 0.0, block_size=blanks // blocks, count=rows, seed=5)
+    left = generator.draw(params, ids, places, sampling)[:, places] - first
+    counts = [np.unique(row)[::-1] for row in left]  # of these seeds no step of any row fills nothing
+    assert {len(each) for each in counts} == {steps} and {each[0] for each in counts} == {blanks}
+    step = np.stack([np.searchsorted(-each, -row) for each, row in zip(counts, left, strict=True)])
+    own_steps = steps // blocks
+    block, turn = step // own_steps, step % own_steps
+    np.testing.assert_array_equal(block, np.arange(blanks)[None] * blocks // blanks + np.zeros((rows, 1), int))
+    for one in range(own_steps):
+        assert_binomial(int((turn == one).sum()), turn.size, 1 / own_steps)
+    neighbours = {
+        "blanks": (turn[:, ::2], turn[:, 1::2]),
+        "blocks": (turn[:, :20], turn[:, 20:]),
+        "rows": (turn[::2], turn[1::2]),
+    }
+    for one, other in neighbours.values():
+        for pair in itertools.product(range(own_steps), repeat=2):
+            assert_binomial(int(((one == pair[0]) & (other == pair[1])).sum()), one.size, 1 / own_steps**2)
+
+
 # From left to right.
 
 
@@ -220,6 +258,9 @@ def test_mistakes(generators, params, name, prompt, sampling, length, message):
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"steps": -1}, "steps=-1"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296 must be at least 0 and below 2147483648"),
+        ({"steps": 3_000_000_000}, "steps=3000000000 must be at least 0 and below 2147483648"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0 and below 2147483648"),
         ({"method": "causal", "steps": 3}, "takes neither steps nor block_size"),
     ],
 )
@@ -231,6 +272,8 @@ def test_settings_that_mean_nothing(options, message):
 def test_what_a_run_was_not_trained_for_is_said(objectives):
     stages = (StageConfig(), StageConfig(mask_rate=0.4))
     assert "40% of a text masked" in untrained_for(dataclasses.replace(CFG, stages=stages), "confidence")
+    moving = MaskingConfig(rate=0.15, rate_spread=0.05, schedule="linear", final_rate=0.6)
+    assert "at most 65% of a text masked" in untrained_for(dataclasses.replace(CFG, masking=moving), "confidence")
     assert untrained_for(dataclasses.replace(CFG, objective="diffusion"), "ancestral") == ""
     hybrid = dataclasses.replace(CFG, objective="hybrid")
     assert "15% of a text" in untrained_for(hybrid, "confidence") and untrained_for(hybrid, "causal") == ""

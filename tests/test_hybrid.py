@@ -21,12 +21,13 @@ from tiny_step import (
 )
 
 from mlm_jax.config import ComputeConfig, Config, HybridConfig, ModelConfig
+from mlm_jax.masking import streams
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.hybrid import HybridLM
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.rates import scheduled_rates
-from mlm_jax.objectives.spread import CAUSAL_ROWS, spread_rows
+from mlm_jax.objectives.spread import spread_rows
 
 SHARE = 0.25
 HYBRID = dataclasses.replace(
@@ -94,7 +95,8 @@ def test_a_causal_row_sees_no_future_and_a_masked_one_does(one):
 def test_each_batch_has_its_share_of_causal_rows(rows, share, counts):
     places = {"places": np.arange(rows, dtype=np.float32) / rows}
     found = [
-        int((spread_rows(places, Keys(jax.random.key(0), None, step), CAUSAL_ROWS) < share).sum()) for step in range(60)
+        int((spread_rows(places, Keys(jax.random.key(0), None, step), streams.CAUSAL_ROWS) < share).sum())
+        for step in range(60)
     ]
     assert set(found) == counts
     # Of 60 batches whose counts lie within one of each other: the mean's deviation is 0.5 / √60 at most.
@@ -115,7 +117,7 @@ def test_the_loss_is_two_means_from_the_states_before_the_tokens(one):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def everything(params, batch, vocab):
         masked = mask_batch(batch, keys.mask, vocab, HYBRID.masking, scheduled_rates(HYBRID, 0, keys.step))
-        causal_B = spread_rows(batch, keys, CAUSAL_ROWS) < SHARE
+        causal_B = spread_rows(batch, keys, streams.CAUSAL_ROWS) < SHARE
         everywhere = jax.numpy.broadcast_to(jax.numpy.arange(LENGTH), (BATCH, LENGTH))
         given = batch["segment_ids"], everywhere
         left = model.causal_logits(params, batch["tokens"], *given)

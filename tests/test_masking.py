@@ -76,6 +76,13 @@ def expected_count(real: int, candidates: int, rate: float, length: int) -> int:
     return min(masking.num_slots(length, rate), candidates, budget)
 
 
+def test_no_two_draws_share_a_key():
+    found = {name: int(number) for name, number in vars(masking.streams).items() if name.isupper()}
+    assert len(set(found.values())) == len(found) == 6
+    # An epoch is folded in where the last three are, so that none of them may be one.
+    assert min(found[name] for name in ("ROW_RATES", "CAUSAL_ROWS", "DRAWS")) > 2**31
+
+
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.9])
 def test_count_is_exact_and_slots_are_ordered(rate):
     tokens, segment_ids = make_rows(ROWS)

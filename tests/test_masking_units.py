@@ -325,6 +325,59 @@ def test_ngrams_are_masked_whole_and_words_as_before():
     assert abs(int(whole.sum()) - int(plain.sum())) < 0.02 * whole.sum()
 
 
+def greedy(rng, units: list[list[int]], budget: int) -> list[int]:
+    """BERT's procedure, one step after the other: the indices of shuffled units, less those that do not fit any more."""
+    taken, left = [], budget
+    for index in rng.permutation(len(units)):
+        if len(units[index]) <= left:
+            taken.append(index)
+            left -= len(units[index])
+    return taken
+
+
+@pytest.mark.parametrize("policy", ["whole_word", "pmi"])
+def test_units_are_distributed_like_a_plain_walks(policy):
+    tokens, segment_ids = make_rows(ROWS)
+    for place, ngram in ((4, NGRAMS[0]), (12, NGRAMS[2]), (40, NGRAMS[3]), (48, NGRAMS[1])):
+        end = place + len(ngram)
+        whole = (segment_ids[:, place : end + 1] == segment_ids[:, [place]]).all(1) & (segment_ids[:, place] > 0)
+        whole &= ~np.isin(tokens[:, place : end + 1], (*SPECIAL, 0)).any(1)
+        tokens[whole, place:end], tokens[whole, end] = ngram, 60
+    vocab = masking.VocabTables.from_arrays(
+        mask_id=MASK,
+        special_ids=SPECIAL,
+        word_starts=np.arange(120) % 3 == 0,
+        vocab_size=128,
+        ngrams=make_table() if policy == "pmi" else None,
+    )
+    chosen = chosen_mask(mask(tokens, segment_ids, policy=policy, vocab=vocab))
+    if policy == "pmi":
+        given = make_table(), jax.tree.map(jax.numpy.asarray, make_vocab()), jax.random.key(1)
+        starts = np.asarray(joined(tokens, segment_ids, *given))
+    rng = np.random.default_rng(1)
+    sizes, places = np.zeros((2, 2, LENGTH + 1), int)
+    joined_words = 0
+    for row in range(ROWS):
+        units: list[list[int]] = []
+        for word in words_of(tokens[row], segment_ids[row]):
+            if policy == "pmi" and not starts[row, word[0]]:
+                units[-1] += word
+                joined_words += 1
+            else:
+                units.append(list(word))
+        budget = expected_count((segment_ids[row] > 0).sum(), LENGTH, 0.15, LENGTH)
+        found = [index for index, unit in enumerate(units) if chosen[row, unit].all()]
+        assert sum(len(units[index]) for index in found) == chosen[row].sum() <= budget
+        for which, taken in enumerate((found, greedy(rng, units, budget))):
+            for index in taken:
+                sizes[which, len(units[index])] += 1
+                places[which, units[index][0]] += 1
+    assert joined_words > 2 * ROWS or policy != "pmi"
+    # Units of a row depend on each other through its budget, which makes counts vary less, not more.
+    assert_one_distribution(*sizes)
+    assert_one_distribution(*places)
+
+
 # What holds for all policies.
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import tarfile
 
 import jax
@@ -406,6 +407,16 @@ def test_fill_mask_sees_the_image(workdir: pathlib.Path, folder: pathlib.Path, c
     assert shown.out.count("[MASK] 1: blue") == 2 and "--image" not in shown.err
     assert main(["fill-mask", "--workdir", str(workdir), "[MASK] cup"]) == 0
     assert "without --image the model sees the text alone" in capsys.readouterr().err
+
+
+def test_generate_and_score_say_that_they_show_no_image(workdir: pathlib.Path, folder: pathlib.Path, capsys) -> None:
+    said = "mlm-jax: .*this run was trained on texts with images, and here it sees the text alone\n"
+    (folder / "pairs.jsonl").write_text('{"sentence_good": "red cup", "sentence_bad": "red red"}\n')
+    for arguments in (["generate", "--prompt", "[MASK] cup", "--json"], ["score", "--pairs", str(folder / "pairs.jsonl")]):
+        assert main([*arguments, "--workdir", str(workdir)]) == 0
+        shown = capsys.readouterr()
+        assert re.fullmatch(said, shown.err)
+        assert "--json" not in arguments or "sees the text alone" in json.loads(shown.out.splitlines()[-1])["caution"]
 
 
 @pytest.mark.parametrize(

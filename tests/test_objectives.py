@@ -121,6 +121,17 @@ def test_the_example_of_the_readme_is_the_one_that_is_trained_here():
     assert inspect.getsource(MaskedLMWithZLoss) in (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
+@dataclasses.dataclass(frozen=True)
+class NamesTheMask(MaskedLMWithZLoss):
+    mask_id: int | None = None
+
+
+def test_an_objective_that_has_a_field_for_it_is_given_the_tokenizers_mask(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, EXAMPLE, NamesTheMask)
+    assert build(EXAMPLE).mask_id == build("diffusion").mask_id == 4
+    assert all(not hasattr(build(name), "mask_id") for name in VARIANTS if name != "diffusion")
+
+
 @pytest.mark.parametrize("name", [*VARIANTS, EXAMPLE])
 def test_an_objective_gives_the_terms_that_it_declares(name, one):
     objective = build(name)
@@ -136,6 +147,20 @@ def test_an_objective_gives_the_terms_that_it_declares(name, one):
     logits = jax.eval_shape(objective.logits, params, *np.zeros((2, 4, LENGTH), np.int32), positions)
     assert (logits.shape, logits.dtype) == ((4, 3, CFG.model.vocab_size), np.float32)
     assert objective.flops_per_token(10.0, 0.2) > objective.flops_per_token(10.0, 0.1) > 0
+
+
+@pytest.mark.parametrize("name", ["span", "rtd", "hybrid", "image_text"])
+def test_how_a_run_trains_does_not_change_what_an_objective_measures(name, one):
+    """Whichever stage the objective was made for, at whatever rate it trains."""
+    plain, found = config(name), []
+    stages = (*plain.stages, dataclasses.replace(plain.stages[0], mask_rate=0.6))
+    other = dataclasses.replace(plain, stages=stages, masking=dataclasses.replace(plain.masking, **SCHEDULED, static=True))
+    rows = rows_of(name) | {"epochs": np.zeros(len(make_rows()["tokens"]), np.int32)}
+    given = weights(name), on_devices(rows, one), Keys(jax.random.key(0), None), tables_on(one)
+    for cfg, stage in ((plain, 0), (other, 1)):
+        objective = make_objective(cfg, Compute.resolve(cfg.compute), stage)
+        found.append(jax.device_get(jax.jit(objective.evaluate, compiler_options=QUICK)(*given)))
+    assert found[0] == found[1] and all(term.weight > 20 for term in found[0].values())
 
 
 @pytest.mark.parametrize("name", VARIANTS)

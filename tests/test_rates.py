@@ -111,6 +111,9 @@ def test_each_example_draws_its_rate():
     batch = mask(tokens, np.ones_like(tokens), policy="token", rate=0.5, rate_spread=0.25)
     counts = batch.weights_BP.sum(1).astype(int)
     assert (counts.min(), counts.max()) == (16, 48)  # of 64
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), row))(np.arange(ROWS))
+    own = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
+    np.testing.assert_array_equal(counts, np.round((0.5 + 0.25 * (2 * np.asarray(own) - 1)) * LENGTH))
     inner = np.bincount(counts, minlength=49)[17:48]
     expected = ROWS / 32
     # The statistic of 31 of 33 cells, the outer two being half as wide, has about the mean and variance of 31 freedoms.

@@ -17,12 +17,12 @@ from tiny_step import BATCH, CFG, QUICK, VOCAB, make_rows, mesh_of, on_devices, 
 from mlm_jax.cli import main
 from mlm_jax.config import MaskingConfig, RtdConfig
 from mlm_jax.inference import open_run
-from mlm_jax.masking import MaskedBatch, example_keys
+from mlm_jax.masking import MaskedBatch, example_keys, streams
 from mlm_jax.model.encoder import Compute
 from mlm_jax.objectives import Keys
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.rates import constant_rates
-from mlm_jax.objectives.rtd import SAMPLING, ReplacedTokenDetection, detection_terms, insert_tokens, sample_tokens
+from mlm_jax.objectives.rtd import ReplacedTokenDetection, detection_terms, insert_tokens, sample_tokens
 from mlm_jax.train.evaluate import HeldOut, evaluate, make_eval_step
 from mlm_jax.train.optimizer import learning_rate, make_optimizer
 from mlm_jax.train.state import init_state
@@ -200,7 +200,7 @@ def test_the_losses_by_hand(one):
         masked = mask_batch(rows, KEY, vocab, TIED.masking, constant_rates(TIED.masking))
         logits = built.logits(params, masked.inputs_BL, rows["segment_ids"], masked.positions_BP)
         keys = example_keys(KEY, rows["epochs"], rows["example_ids"], static=False)
-        sampled = sample_tokens(jax.vmap(lambda key: jax.random.fold_in(key, SAMPLING))(keys), logits)
+        sampled = sample_tokens(jax.vmap(lambda key: jax.random.fold_in(key, streams.SAMPLES))(keys), logits)
         corrupted = insert_tokens(rows["tokens"], masked, sampled)
         network = built.discriminator.bind(built.discriminator_params(params))
         sums = built.loss(params, rows, Keys(KEY, None), vocab)

@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_step import CFG, QUICK, make_rows, mesh_of, on_devices, tables_on
 
 from mlm_jax import masking
-from mlm_jax.config import MaskingConfig, SpanBoundaryConfig
+from mlm_jax.config import EvaluationConfig, MaskingConfig, SpanBoundaryConfig
 from mlm_jax.model.encoder import Compute
 from mlm_jax.model.heads import SpanBoundaryHead
 from mlm_jax.objectives import Keys
@@ -114,3 +114,26 @@ def test_the_loss_is_a_mean_over_masked_tokens_and_one_over_those_between_two_en
         nll = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1) - gold
         assert sums.losses[name].weight == weights_BP.sum()
         assert sums.losses[name].sum == pytest.approx(factor * (nll * weights_BP).sum(), rel=1e-5)
+
+
+def test_an_evaluation_is_of_spans_at_its_own_rate():
+    """As many as the rate asks for in each row, and their losses those of a run that trains with them."""
+    masks = MaskingConfig(policy="span", rate=0.5)
+    cfg = dataclasses.replace(CFG, objective="span", masking=masks, evaluation=EvaluationConfig(mask_rate=0.25))
+    same = dataclasses.replace(cfg, masking=dataclasses.replace(masks, rate=0.25))
+    evaluated, trained = (SpanBert(each, Compute.resolve(each.compute)) for each in (cfg, same))
+    mesh, rows, keys = mesh_of("1"), make_rows(), Keys(jax.random.key(0), None)
+    rows |= {"epochs": np.zeros_like(rows["epochs"])}
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(evaluated.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: rng.normal(0.0, 0.3, leaf.shape).astype(np.float32), shapes)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, batch, vocab):
+        return evaluated.evaluate(params, batch, keys, vocab), trained.loss(params, batch, keys, vocab)
+
+    found, sums = jax.device_get(both(params, on_devices(rows, mesh), tables_on(mesh)))
+    for name, term in (("sbo", sums.losses["sbo"]), ("sbo_accuracy", sums.metrics["sbo_accuracy"])):
+        np.testing.assert_allclose(found[name], term, rtol=1e-6)  # two places of one program
+    real, special = (rows["segment_ids"] > 0).sum(1), np.isin(rows["tokens"], range(5)) & (rows["segment_ids"] > 0)
+    budgets = np.where(real > 0, np.maximum(np.round(0.25 * real), 1), 0)
+    assert sums.losses["mlm"].weight == np.minimum(budgets, real - special.sum(1)).sum() > found["sbo"].weight > 20

@@ -144,7 +144,7 @@ def _check_stage(cfg: Config, where: str, stage: StageConfig) -> None:
     rate, spread = cfg.mask_rate(stage), cfg.masking.rate_spread
     require(spread < rate < 1 - spread, f"{where}.mask_rate={rate} with masking.rate_spread={spread} leaves (0, 1)")
     rates = [rate] if stage.mask_rate else [rate, cfg.masking.final_rate]
-    budget = min(rate for rate in rates if rate != -1) * stage.seq_len
+    budget = (min(rate for rate in rates if rate != -1) - spread) * stage.seq_len
     if cfg.masking.policy in ("span", "ngram"):
         mean = sum(n * share for n, share in enumerate(cfg.masking.span_lengths, start=1))
         require(

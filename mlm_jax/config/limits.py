@@ -124,7 +124,11 @@ _HOLDS: dict[str, Callable[[float], bool]] = {
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
 }
-
+# What the limit of a field is there for, where its name does not say it, and what to set.
+_WHY = {
+    "rtd.generator_size": ": the generator is a part of the model, and 1 makes it as wide",
+    "rtd.generator_layers": ": the generator is a part of the model, and 1 gives it as many layers",
+}
 
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "one_minus_sqrt", "wsd")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -168,7 +172,7 @@ def check_fields(cfg: Config) -> None:
             else:
                 found = [(path, operator.attrgetter(path)(cfg))]
             for where, value in found:
-                require(_HOLDS[limit](value), f"{where}={value} must be {limit}")
+                require(_HOLDS[limit](value), f"{where}={value} must be {limit}{_WHY.get(path, '')}")
 
 
 def require(condition: bool, message: str) -> None:

@@ -6,8 +6,10 @@ Everything is computed for one row and mapped over the batch, with static shapes
 depends on the row alone, its mask does not depend on its neighbours, the mesh, or the number of processes.
 
 `batch` masks a batch by one of the policies: single tokens (here too), `words`, `spans`, and `ngrams` from a list.
+`streams` names what else is drawn from the same keys.
 """
 
+from mlm_jax.masking import streams
 from mlm_jax.masking.batch import MaskedBatch, choose_tokens, example_keys, mask_tokens, num_slots
 from mlm_jax.masking.ngrams import NgramTable
 from mlm_jax.masking.spans import SpanEnds, span_ends
@@ -23,4 +25,5 @@ __all__ = [
     "mask_tokens",
     "num_slots",
     "span_ends",
+    "streams",
 ]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlm_jax.masking import streams
 from mlm_jax.masking.arrays import LAST, latest_true, look_up, places_of, uniform
 from mlm_jax.masking.ngrams import join_words
 from mlm_jax.masking.spans import choose_spans, run_starts
@@ -94,14 +95,14 @@ def mask_tokens(
 
     def mask_row(key: jax.Array, tokens_L: jax.Array, segment_ids_L: jax.Array) -> MaskedBatch:
         # One draw for all uses: a program compiles each use of the generator anew, half a second on CPU.
-        streams = 4 if policy in ("span", "pmi") else 3
-        choice_bits_L, outcome_bits_L, random_bits_L, *more_bits = jax.random.bits(key, (streams, *tokens_L.shape))
+        uses = 4 if policy in ("span", "pmi") else 3
+        choice_bits_L, outcome_bits_L, random_bits_L, *more_bits = jax.random.bits(key, (uses, *tokens_L.shape))
         real_L = segment_ids_L > 0
         special_L = look_up(vocab.is_special_V, tokens_L)
         eligible_L = real_L if include_special else real_L & ~special_L
         own_rate = jnp.float32(rate)
         if rate_spread:
-            own_rate += rate_spread * (2.0 * jax.random.uniform(jax.random.fold_in(key, 1)) - 1.0)
+            own_rate += rate_spread * (2.0 * jax.random.uniform(jax.random.fold_in(key, streams.RATE)) - 1.0)
         budget = jnp.round(own_rate * jnp.sum(real_L).astype(jnp.float32)).astype(jnp.int32)
         budget = jnp.clip(budget, 1, num_slots)
 

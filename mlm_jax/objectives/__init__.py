@@ -3,7 +3,7 @@
 A new objective is a class with the members of `Objective`, its line in `OBJECTIVES`, and its name in `config.limits`.
 """
 
-import dataclasses
+import inspect
 from collections.abc import Callable
 
 from mlm_jax.config import Config
@@ -32,8 +32,8 @@ __all__ = [
     "make_task",
 ]
 
-# What a recipe's `objective` names: (cfg, compute, stage) -> Objective.
-OBJECTIVES: dict[str, Callable[[Config, Compute, int], Objective]] = {
+# What a recipe's `objective` names: (cfg, compute, stage) -> Objective. One with a field `mask_id` is given that too.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "mlm": MaskedLM,
     "span": SpanBert,
     "rtd": ReplacedTokenDetection,
@@ -49,10 +49,11 @@ def make_objective(cfg: Config, compute: Compute, stage: int = 0, *, mask_id: in
     Args:
         stage: the index of the stage that it trains. It decides masking rates and numbers of predictions, which only
             `loss` sees, and by which base positions are rotated; parameters are those of any stage.
-        mask_id: what the tokenizer calls [MASK], for the `logits` of an objective that never predicts it.
+        mask_id: what the tokenizer calls [MASK], for an objective with a field of this name.
     """
-    objective = OBJECTIVES[cfg.objective](cfg.at_stage(stage), compute, stage)
-    return dataclasses.replace(objective, mask_id=mask_id) if isinstance(objective, MaskedDiffusion) else objective
+    objective = OBJECTIVES[cfg.objective]
+    wanted = {"mask_id": mask_id} if "mask_id" in inspect.signature(objective).parameters else {}
+    return objective(cfg.at_stage(stage), compute, stage, **wanted)
 
 
 # What it names where a task is fine-tuned: (cfg, compute) -> Task.

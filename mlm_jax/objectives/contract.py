@@ -39,8 +39,8 @@ class LossSums:
     """What an objective adds up over a batch.
 
     `losses` are the terms whose means are added to form the loss (scaled by their coefficient before they get here).
-    `metrics` are watched only. `predicted` counts the positions that were scored against the vocabulary. Weights and
-    `predicted` never depend on the parameters.
+    `metrics` are watched only. `predicted` counts the positions that were scored against the vocabulary. The weights of
+    `losses` and `predicted` never depend on the parameters: the gradient is divided by them afterwards. A metric's may.
     """
 
     losses: dict[str, Term]

@@ -23,7 +23,7 @@ from mlm_jax import masking
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import MaskedLM
 from mlm_jax.objectives.scoring import score_in_chunks, score_targets
-from mlm_jax.objectives.spread import DRAWS, RATES, spread_rows
+from mlm_jax.objectives.spread import spread_rows
 
 GOLDEN = np.uint32(2654435769)  # 2^32 / the golden ratio: its multiples, modulo 2^32, are evenly spread
 
@@ -55,7 +55,7 @@ class MaskedDiffusion(MaskedLM):
         length = batch["tokens"].shape[1]
         text_BL = _is_text(batch, vocab)
         with jax.named_scope("masking"):
-            rates_B = knobs.min_rate + (1.0 - knobs.min_rate) * spread_rows(batch, keys, RATES)
+            rates_B = knobs.min_rate + (1.0 - knobs.min_rate) * spread_rows(batch, keys, masking.streams.ROW_RATES)
             keys_B = masking.example_keys(keys.mask, batch["epochs"], batch["example_ids"], static=False)
             bits_B2L = jax.vmap(lambda key: jax.random.bits(key, (2, length)))(keys_B)
             uniform_BL = (bits_B2L[:, 0] >> 8).astype(jnp.float32) * 2.0**-24
@@ -129,7 +129,7 @@ def mask_counts(key: jax.Array, example_ids_B: jax.Array, sizes_B: jax.Array, dr
 
     From 1 to the row's size, one in each of `draws` equal parts of that range; where in its part differs by the example.
     """
-    turns_B = example_ids_B.astype(jnp.uint32) * GOLDEN + jax.random.bits(jax.random.fold_in(key, DRAWS))
+    turns_B = example_ids_B.astype(jnp.uint32) * GOLDEN + jax.random.bits(jax.random.fold_in(key, masking.streams.DRAWS))
     fractions_B = (turns_B >> 8).astype(jnp.float32) * 2.0**-24
     counts = [jnp.floor((draw + fractions_B) / draws * sizes_B) + 1.0 for draw in range(draws)]
     return jnp.minimum(jnp.stack(counts), sizes_B[None])

@@ -19,7 +19,7 @@ from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import MaskedLM, mask_batch
 from mlm_jax.objectives.rates import scheduled_rates
 from mlm_jax.objectives.scoring import score_in_chunks, score_targets
-from mlm_jax.objectives.spread import CAUSAL_ROWS, spread_rows
+from mlm_jax.objectives.spread import spread_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class HybridLM(MaskedLM):
     def loss(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> LossSums:
         """The two cross-entropies, each a mean over its own tokens, added in proportion to their rows."""
         share, tokens_BL = self.cfg.hybrid.causal_share, batch["tokens"]
-        causal_B1 = (spread_rows(batch, keys, CAUSAL_ROWS) < share)[:, None]
+        causal_B1 = (spread_rows(batch, keys, masking.streams.CAUSAL_ROWS) < share)[:, None]
         rates = scheduled_rates(self.cfg, self.stage, keys.step)
         masked = mask_batch(batch, keys.mask, vocab, self.cfg.masking, rates)
         inputs_BL = jnp.where(causal_B1, tokens_BL, masked.inputs_BL)

@@ -26,8 +26,6 @@ from mlm_jax.objectives.network import Network
 from mlm_jax.objectives.rates import scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 
-_PATCHES = 2  # folded into an example's key; the masking of text folds in 1
-
 
 class ImageTextModel(nnx.Module):
     """The encoder with a head for masked tokens and, where they are learned, for matching pairs and hidden patches."""
@@ -95,10 +93,8 @@ class ImageText:
         masked = mask_batch(batch, keys.mask, vocab, self.cfg.masking, rates)
         places_BM = self._hide_patches(batch, keys.mask)
         model = self.network.bind(params)
-        hidden = None
-        if places_BM is not None:
-            hidden = Hidden(_as_flags(places_BM, self.cfg.model.num_patches), model.patch_head.shown_D[...])
-        hidden_BLD = model.encoder(masked.inputs_BL, segment_ids_BL, keys.dropout, image=Image(batch["images"], hidden))
+        image = self._partly_hidden(model, batch, places_BM)
+        hidden_BLD = model.encoder(masked.inputs_BL, segment_ids_BL, keys.dropout, image=image)
         matching_B1 = (_is_real(segment_ids_BL) * batch["matches"])[:, None]
         nll, correct = _sums(model.logits(hidden_BLD, masked.positions_BP), masked, matching_B1)
         losses, metrics = {"mlm": nll}, {"accuracy": correct}
@@ -106,11 +102,7 @@ class ImageText:
             nll, metrics["match_accuracy"] = _matching(model, hidden_BLD, segment_ids_BL, batch["matches"])
             losses["match"] = Term(learned.match_weight * nll.sum, nll.weight)
         if places_BM is not None:
-            patches_BNC = patches.normalised(patches.cut(batch["images"], self.cfg.model.patch_size))
-            found_BMC = model.patch_head(gather_positions(hidden_BLD, places_BM + segment_ids_BL.shape[1]))
-            errors_BM = jnp.square(found_BMC - gather_positions(patches_BNC, places_BM)).mean(-1)
-            weight = matching_B1.sum() * places_BM.shape[1]
-            losses["patch"] = Term(learned.patch_weight * (errors_BM * matching_B1).sum(), weight)
+            losses["patch"] = self._patch_error(model, hidden_BLD, batch, places_BM, matching_B1)
         return LossSums(losses, metrics, predicted=correct.weight)
 
     def _hide_patches(self, batch: Batch, key: jax.Array) -> jax.Array | None:
@@ -122,9 +114,26 @@ class ImageText:
         keys_B = masking.example_keys(key, batch["epochs"], batch["example_ids"], static=self.cfg.masking.static)
 
         def choose(key: jax.Array) -> jax.Array:
-            return jnp.argsort(jax.random.bits(jax.random.fold_in(key, _PATCHES), (count,)))[:hidden].astype(jnp.int32)
+            own_key = jax.random.fold_in(key, masking.streams.PATCHES)
+            return jnp.argsort(jax.random.bits(own_key, (count,)))[:hidden].astype(jnp.int32)
 
         return jax.vmap(choose)(keys_B)
+
+    def _partly_hidden(self, model: ImageTextModel, batch: Batch, places_BM: jax.Array | None) -> Image:
+        if places_BM is None:
+            return Image(batch["images"])
+        flags_BN = _as_flags(places_BM, self.cfg.model.num_patches)
+        return Image(batch["images"], Hidden(flags_BN, model.patch_head.shown_D[...]))
+
+    def _patch_error(
+        self, model: ImageTextModel, hidden_BLD: jax.Array, batch: Batch, places_BM: jax.Array, rows_B1: jax.Array
+    ) -> Term:
+        """The weighed squared error of hidden patches in rows of weight 1."""
+        patches_BNC = patches.normalised(patches.cut(batch["images"], self.cfg.model.patch_size))
+        found_BMC = model.patch_head(gather_positions(hidden_BLD, places_BM + batch["tokens"].shape[1]))
+        errors_BM = jnp.square(found_BMC - gather_positions(patches_BNC, places_BM)).mean(-1)
+        weight = rows_B1.sum() * places_BM.shape[1]
+        return Term(self.cfg.image_text.patch_weight * (errors_BM * rows_B1).sum(), weight)
 
     def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> dict[str, Term]:
         """The masked loss and accuracy with another text's image and without one: what is lost is what images tell.
@@ -147,9 +156,12 @@ class ImageText:
                 matched.append(_matching(model, hidden_BLD, segment_ids_BL, matches_B)[1])
         if matched:
             sums["match_accuracy"] = jax.tree.map(jnp.add, *matched)
-        if self.cfg.image_text.patch_mask_rate:
-            own = batch | {"matches": jnp.ones_like(batch["epochs"])}
-            sums["patch"] = self.loss(params, own, keys, vocab).losses["patch"]
+        places_BM = self._hide_patches(batch, keys.mask)
+        if places_BM is not None:
+            image = self._partly_hidden(model, batch, places_BM)
+            hidden_BLD = model.encoder(masked.inputs_BL, segment_ids_BL, None, image=image)
+            real_B1 = _is_real(segment_ids_BL)[:, None]
+            sums["patch"] = self._patch_error(model, hidden_BLD, batch, places_BM, real_B1)
         return sums
 
     def flops_per_token(self, segment_length: float, predicted: float) -> float:

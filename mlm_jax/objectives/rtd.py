@@ -24,8 +24,6 @@ from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 from mlm_jax.sharding import SHARDING
 
-SAMPLING = 1  # folded into an example's key for the generator's samples; masks use the key itself
-
 
 class Discriminator(nnx.Module):
     """The encoder with a head that says of each token whether it was replaced."""
@@ -135,7 +133,8 @@ class ReplacedTokenDetection:
         logits_BPV = self.logits(params, masked.inputs_BL, segment_ids_BL, masked.positions_BP, dropout_keys[0])
         nll_BP, correct_BP = score_targets(logits_BPV, masked.targets_BP)
         keys_B = masking.example_keys(keys.mask, batch["epochs"], batch["example_ids"], static=cfg.static)
-        sampled_BP = sample_tokens(jax.vmap(lambda key: jax.random.fold_in(key, SAMPLING))(keys_B), logits_BPV)
+        own_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, masking.streams.SAMPLES))(keys_B)
+        sampled_BP = sample_tokens(own_keys_B, logits_BPV)
         corrupted_BL = insert_tokens(tokens_BL, masked, sampled_BP)
         discriminator = self.discriminator.bind(self.discriminator_params(params))
         flags_BL = discriminator(corrupted_BL, segment_ids_BL, dropout_keys[1])

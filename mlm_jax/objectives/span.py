@@ -11,14 +11,14 @@ import jax
 from flax import nnx
 
 from mlm_jax import flops, masking
-from mlm_jax.config import Config
+from mlm_jax.config import Config, MaskingConfig
 from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.heads import MaskedLanguageHead, SpanBoundaryHead
 from mlm_jax.model.layers import gather_positions
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
 from mlm_jax.objectives.mlm import mask_batch
 from mlm_jax.objectives.network import Network
-from mlm_jax.objectives.rates import scheduled_rates
+from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
 
 
@@ -77,8 +77,24 @@ class SpanBert:
 
     def loss(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> LossSums:
         """Cross-entropy at the masked positions, and of the same tokens given nothing but their span's ends."""
-        rates = scheduled_rates(self.cfg, self.stage, keys.step)
-        masked = mask_batch(batch, keys.mask, vocab, self.cfg.masking, rates)
+        return self._sums(params, batch, keys, vocab, self.cfg.masking, scheduled_rates(self.cfg, self.stage, keys.step))
+
+    def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> dict[str, Term]:
+        """The loss and accuracy of the prediction from both ends, under frozen spans at the evaluation's rate."""
+        frozen = dataclasses.replace(self.cfg.masking, static=True, rate=self.cfg.evaluation.mask_rate, rate_spread=0.0)
+        sums = self._sums(params, batch, keys, vocab, frozen, constant_rates(frozen))
+        return {"sbo": sums.losses["sbo"], "sbo_accuracy": sums.metrics["sbo_accuracy"]}
+
+    def _sums(
+        self,
+        params: Params,
+        batch: Batch,
+        keys: Keys,
+        vocab: masking.VocabTables,
+        cfg: MaskingConfig,
+        rates: Rates,
+    ) -> LossSums:
+        masked = mask_batch(batch, keys.mask, vocab, cfg, rates)
         with jax.named_scope("masking"):
             ends = masking.span_ends(
                 masked.positions_BP,
@@ -102,11 +118,6 @@ class SpanBert:
             },
             predicted=weight + span_weight,
         )
-
-    def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> dict[str, Term]:
-        """The loss and accuracy of the prediction from both ends, under the masks that it is trained with."""
-        sums = self.loss(params, batch, keys, vocab)
-        return {"sbo": sums.losses["sbo"], "sbo_accuracy": sums.metrics["sbo_accuracy"]}
 
     def flops_per_token(self, segment_length: float, predicted: float) -> float:
         """The encoder's and the heads'; see `Objective`. A position counts once for each head that predicts it.

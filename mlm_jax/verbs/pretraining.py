@@ -234,14 +234,23 @@ def _image(cfg: Any, path: str | None) -> Any:
     from mlm_jax.data import images
 
     if path is None:
-        if cfg.model.image_size:
-            print("mlm-jax: without --image the model sees the text alone", file=sys.stderr)
+        _caution("without --image the model sees the text alone" if cfg.model.image_size else "")
         return None
     if not cfg.model.image_size:
         raise UserError(f"--image={path}: this run was trained on text alone; leave it out")
     folder = images.Folder("")
     folder.check(path, "--image")
     return images.Decoder(folder, cfg.model.image_size, cfg.data.image_resize)(path)
+
+
+def _without_image(cfg: Any) -> str:
+    """What a verb that takes no image says of a run that was trained with them."""
+    return "this run was trained on texts with images, and here it sees the text alone" if cfg.model.image_size else ""
+
+
+def _caution(message: str) -> None:
+    if message:
+        print(f"mlm-jax: {message}", file=sys.stderr)
 
 
 def _declare_generate(parser: argparse.ArgumentParser) -> None:
@@ -264,9 +273,8 @@ def _generate(options: argparse.Namespace, overrides: list[str]) -> Result:
         names = ("steps", "temperature", "block_size", "count", "seed")
         method = options.method or default_method(run.objective)
         sampling = Sampling(method, **{name: getattr(options, name) for name in names})
-        caution = untrained_for(run.cfg, method)
-        if caution:
-            print(f"mlm-jax: {caution}", file=sys.stderr)
+        caution = "; ".join(filter(None, (untrained_for(run.cfg, method), _without_image(run.cfg))))
+        _caution(caution)
         samples = Generator(run.objective, run.tokenizer)(run.params, options.prompt, sampling, length=options.length)
     for number, text in enumerate(samples, 1):
         print(*([f"--- {number}"] if len(samples) > 1 else []), text, sep="\n")
@@ -294,6 +302,7 @@ def _score(options: argparse.Namespace, overrides: list[str]) -> Result:
     sets = read_pairs(options.pairs)
     accuracies = {}
     with device_errors(), open_run(options.workdir) as run:
+        _caution(_without_image(run.cfg))
         scorer = PseudoLikelihood(run, method=options.method, batch_size=options.batch_size)
         print(f"{'set':44}{'pairs':>7}{'accuracy':>10}{'± s.e.':>8}")
         for name, pairs in sets.items():
