@@ -44,7 +44,7 @@ def describe(cfg: Config, stage_index: int, topology: Topology, program: Program
 def _estimate(cfg: Config, stage: StageConfig, topology: Topology, program: Program) -> dict[str, Any]:
     line = estimate_step(program.compiled.as_text(), program.mesh, topology)
     # Full rows of one segment each, as `bench` makes them up.
-    per_token = program.objective.flops_per_token(stage.seq_len, _predicted(cfg, stage))
+    per_token = program.objective.flops_per_token(stage.seq_len, predicted_share(cfg, stage))
     tokens = stage.batch_size * stage.seq_len
     devices = topology.devices
     return {
@@ -74,7 +74,7 @@ def _estimate(cfg: Config, stage: StageConfig, topology: Topology, program: Prog
     }
 
 
-def _predicted(cfg: Config, stage: StageConfig) -> float:
+def predicted_share(cfg: Config, stage: StageConfig) -> float:
     """The share of its tokens that a row predicts."""
     if cfg.objective == "diffusion":
         most = cfg.diffusion.scored_share

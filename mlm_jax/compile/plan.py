@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from mlm_jax.compile.describe import describe
+from mlm_jax.compile.describe import describe, predicted_share
 from mlm_jax.compile.program import DoesNotFit, compile_step, count_parameters
 from mlm_jax.compile.topology import Topology
 from mlm_jax.config import Config, ModelConfig, ShardingConfig, StageConfig
@@ -23,16 +23,18 @@ from mlm_jax.sharding import make_mesh
 
 logger = logging.getLogger(__name__)
 
-# Bytes that a layer keeps of a token for the backward pass, as multiples of its width; of BERT-base on v5e with splash, by
-# the compiler's own plans. Attention without a kernel keeps about ten bytes more for each pair of a head's positions.
+# Bytes that a layer keeps of a token for the backward pass, as multiples of its width, where a kernel attends; by the
+# compiler's own plans of BERT-base, RoBERTa-large and NeoBERT. Without a kernel about ten bytes more are kept for each pair
+# of a head's positions.
 KEPT = {
-    ("none", "scan"): 110,
-    ("none", "unroll"): 60,
-    ("dots", "scan"): 44,
-    ("dots", "unroll"): 44,
+    ("none", "scan"): 65,
+    ("none", "unroll"): 30,
+    ("dots", "scan"): 28,
+    ("dots", "unroll"): 24,
     ("full", "scan"): 4,
     ("full", "unroll"): 4,
 }
+LOGIT_BYTES = 8  # of each word at each predicted position, with its gradient
 SCORE_BYTES = 10
 # How much longer a step takes, guessed, for the order in which candidates are compiled; no more hangs on these.
 REMAT_COST = {"none": 1.0, "dots": 1.1, "full": 1.3}
@@ -109,7 +111,7 @@ def _shardings(models: Sequence[ModelConfig], num_devices: int, num_slices: int)
 def needed_bytes(
     candidate: Candidate, cfg: Config, stage: StageConfig, parameters: int, devices: int, attention: str
 ) -> float:
-    """About what a device needs: parameters, moments and average, their gradient and copy, and what is kept of the rows."""
+    """About what a device needs: parameters, moments and average, their gradient and copy, what is kept of rows, logits."""
     sharding, model = candidate.sharding, cfg.model
     divided = sharding.fsdp * sharding.tensor
     held = 4 * (3 + (cfg.optimizer.ema_decay > 0)) / (divided * (sharding.data if sharding.zero else 1))
@@ -123,7 +125,11 @@ def needed_bytes(
         keys = (1 - local) * stage.seq_len + local * min(stage.seq_len, keys_of_block(model.local_window))
         kept += SCORE_BYTES * model.num_heads * keys / sharding.tensor
     one_layer = KEPT["none", "unroll"] * model.embed_dim
-    return state + tokens * (model.num_layers * kept + one_layer)
+    share = predicted_share(cfg, stage)
+    if cfg.objective in ("diffusion", "hybrid") and cfg.compute.head_chunk:
+        share = min(share, cfg.compute.head_chunk / stage.seq_len)
+    logits = LOGIT_BYTES * share * model.vocab_size / sharding.tensor
+    return state + tokens * (model.num_layers * kept + one_layer + logits)
 
 
 def guessed_cost(candidate: Candidate) -> float:
