@@ -5,7 +5,8 @@ Command:
         --config.data.source='files:corpus/*.txt?documents=blank_line'
     mlm-jax score --workdir runs/babylm_mini --pairs 'blimp/*.jsonl'
 Expected: 5,335,552 parameters, 4,096 tokens a step, 14.3 million tokens in all: about one of the ten passes that the track
-allows. For outside figures see babylm_strict_small.
+allows. On five million words of Wikipedia and five of novels, after 108 minutes of one core: held-out losses 3.84 and 3.42,
+69.2% of seven of BLiMP's sets. For outside figures see babylm_strict_small.
 Reference topology: one machine with 2 CPU cores.
 
 The shape is compare_mini's, the optimizer bert_mini's, objective and masking are babylm_strict_small's; the values are ours.

@@ -5,7 +5,8 @@ Command:
         --config.data.source='files:corpus/*.jsonl.gz?field=text'
     mlm-jax generate --workdir runs/diffusion_mini --prompt 'The old house' --length 40 --count 4
 Without the third line it reads the documentation that comes with Python, over and over.
-Expected: 4,282,880 parameters, 4,096 tokens a step, 20.5 million tokens in all.
+Expected: 4,282,880 parameters, 4,096 tokens a step, 20.5 million tokens in all. On 49 English novels, after 110
+minutes of one core: a bound of 6.97 bits a token on held-out text, where a unigram model has 9.10.
 Reference topology: one machine with 2 CPU cores.
 
 The values are ours, close to modern_mini's, which has the same shape but for its local layers; no publication stands
