@@ -110,9 +110,8 @@ def format_row(result: Result) -> str:
     if "reason" in result:
         return f"| {result['config']} | stage {result['stage']} | {result['topology']} | {result['reason']} ||||||"
     estimate, memory = result["estimate"], result["memory"]
-    mesh = " ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1) + (
-        " ZeRO" if result["zero"] else ""
-    )
+    axes = " ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1) or "one device"
+    mesh = axes + (" ZeRO" if result["zero"] else "")
     micro = f" / {result['accumulation']}" if result["accumulation"] > 1 else ""
     bound = {"estimate": "", "roofline": "≥ "}[estimate["method"]]
     collectives = estimate["groups"].get("collectives", {"milliseconds": 0.0})["milliseconds"]
