@@ -281,6 +281,7 @@ def test_every_time_is_labelled():
         format_row(result()) == f"| x | 256 / 2 × 512 | v5e:4x4 | {how} | 3.00 of 16.00 | 100.0 | 0.0 | 1,300,000 | 25.0% |"
     )
     assert "| one device, scan, remat none, splash |" in format_row(result() | {"mesh": {"data": 1}, "zero": False})
+    assert format_row(result(method="roofline")).endswith("| ≥ 100.0 | 0.0 | ≤ 1,300,000 | ≤ 25.0% |")
     assert "does not fit" in format_row({"config": "x", "stage": 0, "topology": "v5e:2x2", "reason": "it does not fit"})
     shown = format_plan(
         {"config": "x", "stage": 1, "topology": "v5e:4x4", "overrides": ["--config.compute.remat=dots"], "best": result(),

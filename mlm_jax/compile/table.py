@@ -113,12 +113,12 @@ def format_row(result: Result) -> str:
     axes = " ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1) or "one device"
     mesh = axes + (" ZeRO" if result["zero"] else "")
     micro = f" / {result['accumulation']}" if result["accumulation"] > 1 else ""
-    bound = {"estimate": "", "roofline": "≥ "}[estimate["method"]]
+    least, most = {"estimate": ("", ""), "roofline": ("≥ ", "≤ ")}[estimate["method"]]
     collectives = estimate["groups"].get("collectives", {"milliseconds": 0.0})["milliseconds"]
-    mfu = "" if estimate["mfu"] is None else f"{estimate['mfu']:.1%}"
+    mfu = "" if estimate["mfu"] is None else f"{most}{estimate['mfu']:.1%}"
     return (
         f"| {result['config']} | {result['batch_size']:,}{micro} × {result['seq_len']} | {result['topology']} "
         f"| {mesh}, {result['layers']}, remat {result['remat']}, {result['attention']} "
-        f"| {memory['total'] / GiB:.2f} of {memory['limit'] / GiB:.2f} | {bound}{estimate['milliseconds']:,.1f} "
-        f"| {collectives:,.1f} | {estimate['tokens_per_second']:,.0f} | {mfu} |"
+        f"| {memory['total'] / GiB:.2f} of {memory['limit'] / GiB:.2f} | {least}{estimate['milliseconds']:,.1f} "
+        f"| {collectives:,.1f} | {most}{estimate['tokens_per_second']:,.0f} | {mfu} |"
     )
