@@ -293,12 +293,12 @@ def _call(verb: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _forwarding_signals(child: subprocess.Popen[Any]) -> Iterator[list[int]]:
-    """Sends the child the signals that arrive while it is waited for, and keeps their numbers."""
+    """Ends the child by SIGTERM when a signal arrives while it is waited for, and keeps the signals' numbers."""
     received: list[int] = []
 
     def forward(number: int, frame: Any) -> None:
         received.append(number)
-        child.send_signal(number)
+        child.terminate()  # a shell's background processes ignore SIGINT
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

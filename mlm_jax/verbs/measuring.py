@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def _declare_bench(parser: argparse.ArgumentParser) -> None:
     config_option(parser)
-    parser.add_argument("--stage", type=int, help="which of the config's stages, counted from 0 (default 0)")
+    parser.add_argument("--stage", type=int, default=0, help="which of the config's stages, counted from 0 (default 0)")
     parser.add_argument("--steps", type=int, default=20, help="steps in a round (default 20)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median is reported (default 5)")
     parser.add_argument("--batch-size", type=int, help="rows in a global step; default: the stage's")
