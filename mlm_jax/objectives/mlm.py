@@ -94,6 +94,11 @@ def mask_held_out(batch: Batch, key: jax.Array, vocab: masking.VocabTables, cfg:
     return mask_batch(batch, key, vocab, frozen, constant_rates(frozen))
 
 
+def frozen_masking(cfg: Config) -> MaskingConfig:
+    """A run's own policy, with the same masks in every evaluation and at its rate, for what only its objective measures."""
+    return dataclasses.replace(cfg.masking, static=True, rate=cfg.evaluation.mask_rate, rate_spread=0.0)
+
+
 def mask_batch(
     batch: Batch, key: jax.Array, vocab: masking.VocabTables, cfg: MaskingConfig, rates: Rates
 ) -> masking.MaskedBatch:

@@ -18,7 +18,7 @@ from mlm_jax.config import Config, MaskingConfig, ModelConfig
 from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.heads import DetectionHead
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
-from mlm_jax.objectives.mlm import MaskedLanguageModel, mask_batch
+from mlm_jax.objectives.mlm import MaskedLanguageModel, frozen_masking, mask_batch
 from mlm_jax.objectives.network import Network
 from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
@@ -114,7 +114,7 @@ class ReplacedTokenDetection:
 
     def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> dict[str, Term]:
         """The discriminator's loss and figures, under frozen masks at the evaluation's rate and frozen samples."""
-        frozen = dataclasses.replace(self.cfg.masking, static=True, rate=self.cfg.evaluation.mask_rate, rate_spread=0.0)
+        frozen = frozen_masking(self.cfg)
         return self._run(params, batch, keys, vocab, frozen, constant_rates(frozen))[2]
 
     def _run(

@@ -16,7 +16,7 @@ from mlm_jax.model.encoder import Compute, Encoder
 from mlm_jax.model.heads import MaskedLanguageHead, SpanBoundaryHead
 from mlm_jax.model.layers import gather_positions
 from mlm_jax.objectives.contract import Batch, Keys, LossSums, Params, Term
-from mlm_jax.objectives.mlm import mask_batch
+from mlm_jax.objectives.mlm import frozen_masking, mask_batch
 from mlm_jax.objectives.network import Network
 from mlm_jax.objectives.rates import Rates, constant_rates, scheduled_rates
 from mlm_jax.objectives.scoring import score_targets
@@ -81,7 +81,7 @@ class SpanBert:
 
     def evaluate(self, params: Params, batch: Batch, keys: Keys, vocab: masking.VocabTables) -> dict[str, Term]:
         """The loss and accuracy of the prediction from both ends, under frozen spans at the evaluation's rate."""
-        frozen = dataclasses.replace(self.cfg.masking, static=True, rate=self.cfg.evaluation.mask_rate, rate_spread=0.0)
+        frozen = frozen_masking(self.cfg)
         sums = self._sums(params, batch, keys, vocab, frozen, constant_rates(frozen))
         return {"sbo": sums.losses["sbo"], "sbo_accuracy": sums.metrics["sbo_accuracy"]}
 

@@ -47,7 +47,7 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> Result:
     with device_errors():
         result = run_bench(
             cfg,
-            stage_index=options.stage or 0,
+            stage_index=options.stage,
             steps=options.steps,
             rounds=options.rounds,
             peer=options.peer,
@@ -119,7 +119,7 @@ def _declare_compile(parser: argparse.ArgumentParser) -> None:
         "with --table it may be given several times",
     )
     parser.add_argument("--slices", type=int, default=1, help="so many slices of the topology (default 1)")
-    parser.add_argument("--stage", type=int, help="which of the config's stages, counted from 0 (default 0)")
+    parser.add_argument("--stage", type=int, help="which stage, counted from 0 (default 0; of --table, all)")
     parser.add_argument("--rows-per-device", type=int, help="of a micro-batch, in place of the stage's global batch")
     parser.add_argument("--plan", action="store_true", help="compile other layouts as well and name the best one")
     parser.add_argument("--max-candidates", type=int, default=6, help="how many of them (default 6); minutes each")
