@@ -15,6 +15,7 @@ from mlm_jax.config import (
     ModelConfig,
     OptimizerConfig,
     ShardingConfig,
+    SourceConfig,
     StageConfig,
     TrainConfig,
     check,
@@ -89,6 +90,12 @@ def test_an_override_sets_one_stage_only(recipe):
     assert [cfg.mask_rate(stage) for stage in cfg.stages] == [0.15, 0.3]
 
 
+def test_a_mixture_is_made_by_flags(recipe):
+    given = "data.sources=[{'name': 'a', 'uri': 'files:a.txt'}, {'name': 'b', 'uri': 'files:b.txt'}]"
+    cfg = load_config(recipe, [given, "data.sources[1].weight=2"])
+    assert cfg.data.sources == (SourceConfig("a", "files:a.txt"), SourceConfig("b", "files:b.txt", weight=2.0))
+
+
 def test_a_recipe_without_stages_has_one_that_can_be_overridden(tmp_path):
     path = write(tmp_path, '{"name": "x"}')
     assert load_config(path).stages == (StageConfig(),)
@@ -127,6 +134,10 @@ def test_a_later_override_wins(recipe):
         ("evaluation.probes='a [MASK]'", "evaluation.probes='a [MASK]' is not a list"),
         ("evaluation.probes=(1,)", "evaluation.probes[0]=1 is not a text"),
         ("stages=[]", "at least one stage"),
+        ("stages=3", "stages=3 must be a list of sections"),
+        ("data.sources=[1]", "data.sources=[1] must be a list of sections"),
+        ("data.sources=[{'name': 'a'}]", "config field 'data.sources[0].uri' is missing"),
+        ("data.sources[0].weight=2", "sources[0]: sources is empty"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(recipe, override, message):

@@ -86,8 +86,12 @@ def _run_recipe(path: str) -> dict[str, Any]:
 def _entries(path: str, field: str, value: Any) -> list[dict[str, Any]]:
     """A list of sections, which an override may change one by one."""
     if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
-        raise UserError(f"{path}: {field}={value!r} must be a tuple of sections")
+        raise UserError(f"{path}: {field}={value!r} must be a list of sections, as [{{'field': value}}, …]")
     return [dict(entry) for entry in value]
+
+
+def _lists_sections(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0])
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -104,12 +108,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         kind = _field_type(kind, name, [*walked, name])
         walked.append(part)
         if bracket:
-            if typing.get_origin(kind) is not tuple or not dataclasses.is_dataclass(typing.get_args(kind)[0]):
+            if not _lists_sections(kind):
                 raise UserError(f"{name} is no list of sections, so there is no {part!r}")
             kind, entries = typing.get_args(kind)[0], node.get(name, ())
             position = index.rstrip("]")
             if not position.isdigit() or int(position) >= len(entries):
-                raise UserError(f"{part}: the last one is {name}[{len(entries) - 1}]")
+                there = f"the last one is {name}[{len(entries) - 1}]" if entries else f"{name} is empty"
+                raise UserError(f"{part}: {there}")
             node = entries[int(position)]
         elif dataclasses.is_dataclass(kind):
             node = node.setdefault(name, {})
@@ -124,7 +129,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"{path} is a section; set one of its fields: {', '.join(typing.get_type_hints(kind))}")
     if name != last:
         raise UserError(f"{name} is set as a whole, so there is no {last!r}")
-    node[last] = _parse(text, kind, path)
+    value = _parse(text, kind, path)
+    node[last] = _entries("the command line", path, value) if _lists_sections(kind) else value
 
 
 def _field_type(section: Any, name: str, path: list[str]) -> Any:
